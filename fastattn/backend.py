@@ -1,0 +1,276 @@
+"""Which implementation runs: the only file that decides.
+
+An op's public function checks its arguments and asks `choose` for a backend; its autograd.Function then calls its
+launchers through `run`. A launcher is a function of one name in two places, `fastattn.kernels.<op>` (Triton) and
+`fastattn.cuda` (CUDA C++); backend "torch" is the best stock call, written in the op's own file.
+
+Each op says in a sentence why a backend cannot serve a call (`why_not`); the first backend of ORDER with nothing to
+say runs. On a GPU an implementation is only the default once it has been seen right on that architecture (PROVEN, or
+this machine's own verdict from `fastattn check`); `use_backend` forces one regardless.
+"""
+
+import collections
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import warnings
+
+import torch
+
+ORDER = ("cuda", "triton", "torch")
+MODULES = {"cuda": "fastattn.cuda", "triton": "fastattn.kernels."}
+
+# (backend, op) -> compute capabilities on which its tests have passed, with the results file that says so.
+PROVEN: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+
+calls: collections.Counter = collections.Counter()  # (op, backend) -> eager calls in this process
+debug = False  # True also checks ids, lengths and offsets that lie on a GPU, which synchronises
+
+
+class FallbackWarning(UserWarning):
+    """A GPU call that no fused backend could serve; the message has each one's reason. Shown once per reason."""
+
+
+# Module globals, not thread-locals: checkpointing recomputes a forward in autograd's own thread, and Dynamo guards on globals.
+_forced = os.environ.get("FASTATTN_BACKEND")
+_explaining = False
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Force `name` ("cuda", "triton", "torch"; None lifts it) for the process; a call it refuses raises NotImplementedError.
+
+    Triton serves CPU tensors through its interpreter when TRITON_INTERPRET=1 was set before triton was imported.
+    """
+    if name is not None and name not in ORDER:
+        raise ValueError(f"use_backend: got {name!r}, need one of {', '.join(ORDER)}")
+    global _forced
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(op, why_not, *args, inductor_fuses=False):
+    """The backend for this call. `why_not` maps "cuda" and "triton" to functions of `args` that give a sentence or None.
+
+    `args[0]` is a tensor and says the device. `inductor_fuses`: under torch.compile the stock op is the better choice,
+    because Inductor fuses it into its neighbours.
+    """
+    forced = _forced
+    if _explaining:
+        raise _Explained(op, {name: _refusal(op, name, why_not, args) for name in ORDER})
+    if forced is not None:
+        reason = why_not[forced](*args) if forced in why_not else _not_written(op, forced)
+        if reason is not None:
+            raise NotImplementedError(f"{op}: backend {forced!r} was asked for and refuses: {reason}")
+        chosen = forced
+    elif args[0].is_cpu or (inductor_fuses and torch.compiler.is_compiling()):
+        chosen = "torch"
+    else:
+        chosen = _first_willing(op, why_not, args)
+    if not torch.compiler.is_compiling():
+        calls[op, chosen] += 1
+    return chosen
+
+
+def _first_willing(op, why_not, args):
+    reasons = {}
+    for name in ORDER:
+        reasons[name] = _refusal(op, name, why_not, args)
+        if reasons[name] is None:
+            break
+    if name == "torch" and not torch.compiler.is_compiling():
+        text = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items() if reason)
+        warnings.warn(f"{op} runs on stock torch ({text})", FallbackWarning, stacklevel=4)
+    return name
+
+
+def _refusal(op, name, why_not, args):
+    """Why `name` would not be picked for this call, use_backend aside."""
+    if name == "torch":
+        return None
+    if name not in why_not:
+        return _not_written(op, name)
+    reason = why_not[name](*args)
+    if reason is None and args[0].is_cpu:
+        return "CPU tensors take stock torch unless use_backend asks for the interpreter"
+    return unproven(op, name, args[0].device) if reason is None else reason
+
+
+def _not_written(op, name):
+    return None if name == "torch" else f"{op} has no {name} implementation yet"
+
+
+class _Explained(Exception):
+    pass
+
+
+def explain(function, *args, **kwargs):
+    """One line per backend: would it serve this call, and if not, why. Nothing is computed.
+
+    >>> print(fastattn.explain(fastattn.functional.softmax, torch.zeros(2, 3)))
+    """
+    global _explaining
+    _explaining = True
+    try:
+        function(*args, **kwargs)
+    except _Explained as e:
+        op, reasons = e.args
+    else:
+        raise TypeError(
+            f"explain: {function!r} made no choice of backend; give it a function of fastattn.functional"
+        )
+    finally:
+        _explaining = False
+    lines = [
+        f"{op}, {name}: {'refused, ' + reason if reason else 'serves'}" for name, reason in reasons.items()
+    ]
+    chosen = _forced or next(name for name in ORDER if reasons[name] is None)
+    return "\n".join([f"{op}: {chosen} runs", *lines])
+
+
+def unproven(op, name, device):
+    """A sentence unless `name` has been seen computing `op` right on this device's architecture."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability in PROVEN.get((name, op), {}) or op in verdict(device).get(name, ()):
+        return None
+    return (
+        f"never seen right on compute capability {capability[0]}.{capability[1]}; "
+        f"`fastattn check` verifies this card, use_backend({name!r}) runs it now"
+    )
+
+
+def verdict_path():
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "fastattn" / "verdict.json"
+
+
+@functools.cache
+def verdict(device):
+    """{backend: [ops]} that `fastattn check` has seen right on this machine's card with these versions."""
+    try:
+        return json.loads(verdict_path().read_text()).get(verdict_key(device), {})
+    except (OSError, ValueError):
+        return {}
+
+
+def verdict_key(device):
+    from fastattn import __version__
+
+    triton = importlib.import_module("triton").__version__ if triton_found() else "none"
+    return f"{torch.cuda.get_device_name(device)}, fastattn {__version__}, torch {torch.__version__}, triton {triton}"
+
+
+@functools.cache
+def triton_found():
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreting():
+    """Whether triton runs as its interpreter; fixed once triton is imported."""
+    return importlib.import_module("triton").knobs.runtime.interpret
+
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def triton_why_not(*tensors):
+    """What every Triton launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
+    if not triton_found():
+        return "triton is not installed (pip install triton)"
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "inside a torch.func transform (vmap, grad, jvp), which needs stock ops"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode differentiation is on, which needs stock ops"
+    first = tensors[0]
+    for t in tensors:
+        if t is None:
+            continue
+        if not (compiling or type(t) in (torch.Tensor, torch.nn.Parameter) or traceable(t)):
+            return f"a {type(t).__name__} has no storage of its own that a kernel could read"
+        if t.dtype not in TRITON_DTYPES and t.dtype.is_floating_point or t.dtype.is_complex:
+            return f"dtype {t.dtype} is not float16, bfloat16 or float32"
+        if t.device != first.device:
+            return f"tensors on {first.device} and on {t.device}"
+    if first.is_cpu and not interpreting():
+        return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before triton is imported)"
+    if not first.is_cpu and interpreting():
+        return "Triton is in interpreter mode (TRITON_INTERPRET=1), which serves CPU tensors only"
+    if not (first.is_cpu or first.is_cuda):
+        return f"device {first.device} is neither a GPU nor the CPU"
+    return None
+
+
+def traceable(t):
+    """Tensors that stand for plain ones while a graph is recorded."""
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(t, (FakeTensor, FunctionalTensor))
+
+
+def run(name, backend, op, *args):
+    """Call launcher `name` of `op`: directly in plain eager, else as torch.ops.fastattn.<name>, which modes can see."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or type(args[0]) not in (torch.Tensor, torch.nn.Parameter)
+        or torch.autograd._profiler_enabled()
+    ):
+        return getattr(torch.ops.fastattn, name)(*args, backend)
+    return launcher(name, backend, op)(*args)
+
+
+@functools.cache
+def launcher(name, backend, op):
+    module = MODULES[backend] + (op if backend == "triton" else "")
+    return getattr(importlib.import_module(module), name)
+
+
+_library = torch.library.Library("fastattn", "DEF")
+
+
+def define(op, schema, fake):
+    """Register a launcher as torch.ops.fastattn.<name>; `schema` ends in `str backend`, `fake` gives outputs from metadata."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, lambda *args: launcher(name, args[-1], op)(*args[:-1]), key)
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def wants_double_backward():
+    """Inside a backward that was called with create_graph=True, whose own operations must be differentiable."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def composite_backward(function, inputs, grads):
+    """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable; None where none is needed."""
+    wanted = [i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    result = [None] * len(inputs)
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        [inputs[i] for i in wanted],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    for i, grad in zip(wanted, found, strict=True):
+        result[i] = grad
+    return result

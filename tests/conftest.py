@@ -1,0 +1,41 @@
+"""Kernels run in Triton's interpreter where no GPU is, outputs start as NaN, and every test draws the same numbers."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its helpers bind at import
+
+import pytest
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    import interpreter_bf16  # noqa: F401
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    """torch.empty is filled with NaN (the largest value for integers), so that an output nobody wrote fails its test."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("gpu") and DEVICE == "cpu":
+            item.add_marker(skip)
