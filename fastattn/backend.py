@@ -248,6 +248,11 @@ def define(op, schema, fake):
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
 
 
+def readable(t):
+    """Whether a tensor's values may be checked: on the CPU, or anywhere under `debug`, and only while nothing records a graph."""
+    return (t.is_cpu or debug) and type(t) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
