@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from fastattn import functional, reference
 from fastattn.benchmarks.suite import Case, Work, compiled, package
 
-
 GPU_WIDTHS = (128, 768, 1024, 4096, 8192, 32768, 65536, 262144)
 
 

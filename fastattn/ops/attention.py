@@ -69,76 +69,68 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     query (..., H, L, E), key (..., H, S, E), value (..., H, S, E_v); attn_mask broadcast to (..., L, S), bool (True = attend) or
     float (added, may require grad). What the kernels cannot serve goes to torch's own function, errors included.
     """
-    given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    operands, problem = _as_attention(*given)
-    if problem is not None:
+    try:
+        (q, k, v, bias, mask), batch = _as_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    except (ValueError, RuntimeError) as e:
+        problem = str(e)
         chosen = backend.choose(OP, {"triton": lambda *_: problem}, query)
     else:
-        q, k, v, bias, mask = operands
         extras = (bias, mask, None, None, None, None, None, None)
-        options = _options(q, (q.shape[2], k.shape[2]), is_causal, None, 0.0, dropout_p, scale)
         chosen = backend.choose(OP, WHY_NOT, q, k, v, extras)
     if chosen == "torch":
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    options = _options(q, (q.shape[2], k.shape[2]), is_causal, None, 0.0, dropout_p, scale)
     o = _launch(chosen, q, k, v, extras, options, False)[0]
-    return o.reshape(*query.shape[:-1], value.shape[-1]) if query.dim() != 4 else o
+    return o if query.dim() == key.dim() == 4 else o.reshape(*batch, *o.shape[-2:])
 
 
 def _as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    """SDPA's arguments as (q, k, v, bias, mask) with four dims each, or the reason they are not attention's."""
-    tensors = (query, key, value)
-    if not all(isinstance(t, torch.Tensor) and t.dim() >= 2 for t in tensors):
-        return None, "query, key and value must be tensors of two dims or more"
-    if any(t.is_nested for t in tensors):
-        return None, "query, key or value is a nested tensor (attention_varlen takes packed sequences)"
+    """SDPA's arguments as (q, k, v, bias, mask) with four dims each, and the leading dims; ValueError says what does not fit."""
+    if not all(isinstance(t, torch.Tensor) and t.dim() >= 2 and not t.is_nested for t in (query, key, value)):
+        raise ValueError(
+            "query, key and value must be tensors of two dims or more (attention_varlen takes packed ones)"
+        )
     if attn_mask is not None and is_causal:
-        return None, "attn_mask and is_causal are both set"
-    query, key, value, attn_mask, _ = _autocast(query, key, value, attn_mask, None)
-    batch = query.shape[:-2]
-    heads = batch[-1] if batch else 1
-    if enable_gqa and query.dim() >= 3 and key.shape[-3] and heads % key.shape[-3] == 0:
-        kv_batch = (*batch[:-1], key.shape[-3])
-    else:
-        kv_batch = batch
-    try:
-        q = query.reshape(-1, heads, *query.shape[-2:]) if query.dim() != 4 else query
-        k, v = (
-            t if t.shape[:-2] == kv_batch and t.dim() == 4
-            # a batch that broadcasts is a view; leading dims beyond (B, H) that cannot be merged in place are copied
-            else t.expand(*kv_batch, *t.shape[-2:]).reshape(q.shape[0], -1, *t.shape[-2:])
-            for t in (key, value)
-        )  # fmt: skip
-    except RuntimeError:
-        return (
-            None,
-            f"key {tuple(key.shape)} or value {tuple(value.shape)} does not broadcast to query's batch {tuple(batch)}",
-        )
-    if k.shape[2:] != (v.shape[2], q.shape[3]):
-        return (
-            None,
-            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not fit together",
-        )
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        return None, f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}"
+        raise ValueError("attn_mask and is_causal are both set")
     if not 0.0 <= dropout_p <= 1.0:
-        return None, f"dropout_p is {dropout_p}"
+        raise ValueError(f"dropout_p is {dropout_p}")
+    query, key, value, attn_mask, _ = _autocast(query, key, value, attn_mask, None)
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ValueError(f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}")
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    grouped = enable_gqa and query.dim() >= 3 and key.shape[-3:-2] != query.shape[-3:-2]
+    leads = [t.shape[:-2] for t in (query, key, value)]
+    try:
+        batch = leads[0] if grouped else torch.broadcast_shapes(*leads)
+        kv_batch = (*batch[:-1], key.shape[-3]) if grouped else batch
+        heads, kv_heads = (lead[-1] if lead else 1 for lead in (batch, kv_batch))
+        q, k, v = _four_dims(query, batch, heads), *(_four_dims(t, kv_batch, kv_heads) for t in (key, value))
+    except RuntimeError:
+        raise ValueError(f"{shapes} do not broadcast") from None
+    if k.shape[2:] != (v.shape[2], q.shape[3]) or (grouped and (kv_heads == 0 or heads % kv_heads)):
+        raise ValueError(f"{shapes} do not fit together")
     if attn_mask is not None:
-        whole = (*batch, query.shape[-2], key.shape[-2])
         if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            return None, f"attn_mask has dtype {attn_mask.dtype}"
-        try:
-            torch.broadcast_shapes(attn_mask.shape, whole)
-            if (
-                query.dim() > 4 and attn_mask.dim() > 2
-            ):  # only a mask with dims of its own beyond (L, S) is spread out
-                attn_mask = attn_mask.expand(whole).reshape(*q.shape[:3], -1)
-            attn_mask = _broadcastable("attn_mask", attn_mask, (*q.shape[:3], k.shape[2]))
-        except (RuntimeError, ValueError):
-            return None, f"attn_mask {tuple(attn_mask.shape)} does not broadcast to {whole}"
+            raise ValueError(f"attn_mask has dtype {attn_mask.dtype}")
+        if (
+            len(batch) != 2 and attn_mask.dim() > 2
+        ):  # a mask with leading dims of its own follows them into (B, H)
+            attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-2:]).reshape(
+                *q.shape[:2], *attn_mask.shape[-2:]
+            )
+        attn_mask = _broadcastable("attn_mask", attn_mask, (*q.shape[:3], k.shape[2]))
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    return (q, k, v, None if is_bool else attn_mask, attn_mask if is_bool else None), None
+    return (q, k, v, None if is_bool else attn_mask, attn_mask if is_bool else None), batch
+
+
+def _four_dims(t, batch, heads):
+    """(B, heads, S, E), in place wherever leading dims merge; torch's function copies the others too."""
+    t = t.expand(*batch, *t.shape[-2:])
+    return t if len(batch) == 2 else t.reshape(math.prod(batch[:-1]), heads, *t.shape[-2:])
 
 
 def _autocast(q, k, v, bias, mask):
