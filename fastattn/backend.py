@@ -79,6 +79,14 @@ def choose(op, why_not, *args, inductor_fuses=False):
     return chosen
 
 
+def stock_only(op, t):
+    """Whether stock torch is certain to run, so that an op may skip what only other backends need."""
+    certain = not _explaining and (_forced == "torch" or (_forced is None and t.is_cpu))
+    if certain and not torch.compiler.is_compiling():
+        calls[op, "torch"] += 1
+    return certain
+
+
 def _first_willing(op, why_not, args):
     reasons = {}
     for name in ORDER:

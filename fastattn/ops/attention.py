@@ -69,6 +69,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     query (..., H, L, E), key (..., H, S, E), value (..., H, S, E_v); attn_mask broadcast to (..., L, S), bool (True = attend) or
     float (added, may require grad). What the kernels cannot serve goes to torch's own function, errors included.
     """
+    if backend.stock_only(OP, query):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     try:
         (q, k, v, bias, mask), batch = _as_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
@@ -104,8 +108,9 @@ def _as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, ena
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     grouped = enable_gqa and query.dim() >= 3 and key.shape[-3:-2] != query.shape[-3:-2]
     leads = [t.shape[:-2] for t in (query, key, value)]
+    same = grouped or leads[0] == leads[1] == leads[2]
     try:
-        batch = leads[0] if grouped else torch.broadcast_shapes(*leads)
+        batch = leads[0] if same else torch.broadcast_shapes(*leads)  # slow, and rarely needed
         kv_batch = (*batch[:-1], key.shape[-3]) if grouped else batch
         heads, kv_heads = (lead[-1] if lead else 1 for lead in (batch, kv_batch))
         q, k, v = _four_dims(query, batch, heads), *(_four_dims(t, kv_batch, kv_heads) for t in (key, value))
@@ -129,7 +134,7 @@ def _as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, ena
 
 def _four_dims(t, batch, heads):
     """(B, heads, S, E), in place wherever leading dims merge; torch's function copies the others too."""
-    t = t.expand(*batch, *t.shape[-2:])
+    t = t if t.shape[:-2] == batch else t.expand(*batch, *t.shape[-2:])
     return t if len(batch) == 2 else t.reshape(math.prod(batch[:-1]), heads, *t.shape[-2:])
 
 
@@ -286,22 +291,29 @@ def _launch(chosen, q, k, v, extras, options, return_weights):
     alibi_slopes = alibi_slopes if alibi_slopes is None else alibi_slopes.float()
     # drawn out here, so that a recomputation, a CUDA graph or the compiler's partitioner keeps one mask
     seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if options[6] > 0 else None
-    return _Attention.apply(
-        q, k, v, bias, mask, alibi_slopes, sinks, *lengths, seed, options, chosen, return_weights
-    )
+    operands = (q, k, v, bias, mask, alibi_slopes, sinks, *lengths, seed)
+    if backend.needs_grad(q, k, v, bias, sinks):
+        return _Attention.apply(*operands, options, chosen, return_weights)
+    return _forward(*operands, options, chosen, return_weights)
+
+
+def _forward(q, k, v, bias, mask, *rest):
+    *extras, options, chosen, return_weights = rest
+    given = (*_spread(q, k, bias, mask), *extras, *options)
+    o, lse = backend.run("attention_fwd", chosen, OP, q, k, v, *given)
+    weights = backend.run("attention_weights", chosen, OP, q, k, lse, *given) if return_weights else None
+    return o, lse, weights
 
 
 class _Attention(torch.autograd.Function):
     """Saves q, k, v, o, lse and the seed; backward recomputes the probabilities tile by tile."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, mask, *rest):
-        *extras, options, chosen, return_weights = rest
-        given = (*_spread(q, k, bias, mask), *extras, *options)
-        o, lse = backend.run("attention_fwd", chosen, OP, q, k, v, *given)
-        weights = backend.run("attention_weights", chosen, OP, q, k, lse, *given) if return_weights else None
-        ctx.save_for_backward(q, k, v, o, lse, bias, mask, *extras)
-        ctx.options, ctx.chosen = options, chosen
+    def forward(ctx, *operands):
+        o, lse, weights = _forward(*operands)
+        *saved, ctx.options, ctx.chosen, _ = operands
+        q, k, v, *extras = saved
+        ctx.save_for_backward(q, k, v, o, lse, *extras)
         ctx.set_materialize_grads(False)
         return o, lse, weights
 
