@@ -73,7 +73,11 @@ struct Tensor {
         if (type != torch.tensor && type != torch.parameter)
             throw py::type_error(std::string(name) + " is a " + type->tp_name +
                                  ", must be exactly torch.Tensor or torch.nn.Parameter");
-        if (torch.exchange->read(object.ptr(), &dl) != 0) throw py::error_already_set();
+        if (torch.exchange->read(object.ptr(), &dl) != 0) {
+            const std::string why = py::str(py::error_already_set().value());
+            throw py::type_error(std::string(name) + " has no memory to read: " + why.substr(0, why.find('\n')));
+        }
+        if (!dl.data && numel() > 0) throw py::type_error(std::string(name) + " has no memory to read");
     }
 
     char* data() const { return static_cast<char*>(dl.data) + dl.byte_offset; }
