@@ -106,6 +106,14 @@ def test_without_a_gpu_it_says_so():
         FF.layer_norm(BASE, (6,))
 
 
+def test_answers_are_constants_under_compile():
+    @torch.compile(backend="eager", fullgraph=True)
+    def f(x):
+        return x if cuda.unavailable() is None else 2 * x
+
+    assert torch.equal(f(BASE), BASE if cuda.unavailable() is None else 2 * BASE)
+
+
 def test_import_calls_no_cuda():
     """A CUDA context would break a later fork; without a driver the first call would fail."""
     # fastattn itself imports torch, so the extension is loaded by its file alone.
