@@ -37,7 +37,9 @@ def measure(case, device, ceilings, seconds=1.0):
         timed = {name: rows[name, direction] for name in right}
         work = case.forward if direction == "forward" else case.backward
         if right:
-            (_time_on_gpu if device.type == "cuda" else _time_on_cpu)(case, inputs, right, timed, direction, seconds)
+            (_time_on_gpu if device.type == "cuda" else _time_on_cpu)(
+                case, inputs, right, timed, direction, seconds
+            )
         for row in timed.values():
             _derive(row, timed.get("eager"), work, ceilings, device)
     return list(rows.values())
@@ -48,7 +50,9 @@ def _providers(case, device):
     if device.type == "cpu":
         return {name: (case.providers[name], None) for name in ("eager", "fastattn")}
     found = {"eager": (case.providers["eager"], None)}
-    found |= {f"fastattn {name}": (case.providers["fastattn"], name) for name in backend.ORDER if name != "torch"}
+    found |= {
+        f"fastattn {name}": (case.providers["fastattn"], name) for name in backend.ORDER if name != "torch"
+    }
     peers = {n: f for n, f in case.providers.items() if f is not None and n not in ("eager", "fastattn")}
     return found | {name: (function, None) for name, function in peers.items()}
 
@@ -103,16 +107,24 @@ def _check(case, inputs, calls, rows):
             _refuse(mine, "out of memory", failed=False)
             continue
         except Exception as e:  # a peer may raise anything; the row says what
-            _refuse(mine, f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}", ours)
+            _refuse(
+                mine, f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}", ours
+            )
             continue
-        for row, kind, mine_, base, want in zip(mine, ("output", "gradient"), got, eager, exact, strict=False):
-            labelled = [(f"{kind} {i}", *tensors) for i, tensors in enumerate(zip(mine_, base, want, strict=True))]
+        for row, kind, mine_, base, want in zip(
+            mine, ("output", "gradient"), got, eager, exact, strict=False
+        ):
+            labelled = [
+                (f"{kind} {i}", *tensors) for i, tensors in enumerate(zip(mine_, base, want, strict=True))
+            ]
             wrong = [sentence for args in labelled if (sentence := check.compare(*args))]
             row["error"] = max(_error(t, w) for _, t, _, w in labelled)
             row["eager_error"] = max(_error(b, w) for _, _, b, w in labelled)
             if wrong and name != "eager":
                 row["note"], row["failed"] = "; ".join(wrong), ours
-        if any(row["failed"] for row in mine):  # a wrong forward makes no backward worth timing, and the reverse
+        if any(
+            row["failed"] for row in mine
+        ):  # a wrong forward makes no backward worth timing, and the reverse
             for row in mine:
                 row["note"], row["failed"] = row["note"] or "not timed: the other pass is wrong", True
 
@@ -187,7 +199,9 @@ def _time_on_gpu(case, inputs, calls, rows, direction, seconds):
 
 
 def _graph(function, forced, rotated, direction):
-    stream = torch.cuda.Stream()  # autograd runs a backward on the stream of its forward, which must be the captured one
+    stream = (
+        torch.cuda.Stream()
+    )  # autograd runs a backward on the stream of its forward, which must be the captured one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls = [_call(function, forced, inputs, direction, False) for inputs in rotated]

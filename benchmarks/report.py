@@ -17,9 +17,7 @@ from rich.table import Table
 import fastattn
 from fastattn.benchmarks.measure import COLUMNS
 
-TORCH_AGAINST_TORCH = (
-    "On a CPU fastattn runs stock torch, so these times are torch against torch: there is no speed-up to report."
-)
+TORCH_AGAINST_TORCH = "On a CPU fastattn runs stock torch, so these times are torch against torch: there is no speed-up to report."
 ON_GPU = (
     "µs: median with a cold L2, 20 % and 80 % quantiles behind it; sustained: one second back to back; graph: a call inside "
     "a CUDA graph over rotating inputs; host: the CPU's time per call. ceiling: share of the memory rate measured in this "
@@ -36,7 +34,10 @@ def environment(device):
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "liger-kernel", "quack-kernels", "xformers", "flash-attn")},
+        **{
+            name: _version(name)
+            for name in ("triton", "liger-kernel", "quack-kernels", "xformers", "flash-attn")
+        },
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
         "device": str(device),
     }
@@ -86,9 +87,13 @@ def _number(value, digits=3):
 
 
 def cells(row, on_gpu):
-    """(heading, text) of each column of the table; the note takes the times' place where there are none."""
+    """(heading) of each column of the table; the note takes the times' place where there are none."""
     spread = "" if row["median_us"] is None else f"{_number(row['p20_us'])}–{_number(row['p80_us'])}"
-    rate = f"{_number(row['tflop_s'])} TF/s" if row["tflop_s"] else row["tb_s"] and f"{_number(row['tb_s'] * 1e3)} GB/s"
+    rate = (
+        f"{_number(row['tflop_s'])} TF/s"
+        if row["tflop_s"]
+        else row["tb_s"] and f"{_number(row['tb_s'] * 1e3)} GB/s"
+    )
     share = row["matmul_share"] or row["ceiling_share"]
     error = "" if row["error"] is None else f"{row['error']:.1e} ({row['eager_error']:.1e})"
     yield from (("op", row["op"]), ("shape", row["shape"]), ("dtype", row["dtype"]), ("pass", row["pass"]))
@@ -112,7 +117,7 @@ def table(rows, on_gpu):
     for row in rows:
         line = list(cells(row, on_gpu))
         if before is None:
-            for heading, text in line:
+            for heading, _ in line:
                 right = heading not in ("op", "shape", "dtype", "pass", "provider", "note")
                 result.add_column(heading, justify="right" if right else "left", overflow="fold")
         elif (row["op"], row["shape"], row["pass"]) != before:
@@ -166,13 +171,19 @@ def plots(results, folder):
     if timed:
         providers = list(dict.fromkeys(row["provider"] for row in timed))
         groups = list(dict.fromkeys((row["op"], row["shape"], row["pass"]) for row in timed))
-        figure, axes = plt.subplots(figsize=(9, 1.5 + 0.22 * len(groups) * len(providers)), layout="constrained")
+        figure, axes = plt.subplots(
+            figsize=(9, 1.5 + 0.22 * len(groups) * len(providers)), layout="constrained"
+        )
         height = 0.8 / len(providers)
         for i, provider in enumerate(providers):
-            mine = {(r["op"], r["shape"], r["pass"]): r["median_us"] for r in timed if r["provider"] == provider}
+            mine = {
+                (r["op"], r["shape"], r["pass"]): r["median_us"] for r in timed if r["provider"] == provider
+            }
             at = [(j + i * height, mine[group]) for j, group in enumerate(groups) if group in mine]
             axes.barh([y for y, _ in at], [t for _, t in at], height, label=provider)
-        axes.set_yticks([j + 0.4 - height / 2 for j in range(len(groups))], [", ".join(group) for group in groups])
+        axes.set_yticks(
+            [j + 0.4 - height / 2 for j in range(len(groups))], [", ".join(group) for group in groups]
+        )
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_xlabel("µs, median (less is better)")
@@ -205,10 +216,9 @@ def html_page(folder):
     """Write report.html, self-contained, from the results in `folder`; its path."""
     results = json.loads((folder / "results.json").read_text())
     on_gpu = bool(results["ceilings"])
-    text = lambda value: html.escape(str(value))  # noqa: E731
-    parts = ["<h1>fastattn benchmark</h1>", _html_pairs(results["environment"], text)]
+    parts = ["<h1>fastattn benchmark</h1>", _html_pairs(results["environment"])]
     if on_gpu:
-        parts += ["<h2>Measured ceilings</h2>", _html_pairs(results["ceilings"], text)]
+        parts += ["<h2>Measured ceilings</h2>", _html_pairs(results["ceilings"])]
     for name in ("speed", "gpt"):
         if (folder / f"{name}.png").exists():
             data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
@@ -216,20 +226,28 @@ def html_page(folder):
     lines = [list(cells(row, on_gpu)) for row in results["rows"]]
     if lines:
         is_text = {"op", "shape", "dtype", "pass", "provider", "note"}
-        mark = lambda tag, name, value: f'<{tag}{" class=text" if name in is_text else ""}>{text(value)}</{tag}>'  # noqa: E731
-        parts += [f"<p>{text(ON_GPU if on_gpu else TORCH_AGAINST_TORCH)}</p>", "<table>"]
+
+        def mark(tag, name, value):
+            return f"<{tag}{' class=text' if name in is_text else ''}>{html.escape(value)}</{tag}>"
+
+        parts += [f"<p>{html.escape(ON_GPU if on_gpu else TORCH_AGAINST_TORCH)}</p>", "<table>"]
         parts.append("<tr>" + "".join(mark("th", name, name) for name, _ in lines[0]) + "</tr>")
         for row, line in zip(results["rows"], lines, strict=True):
             failed = " class=failed" if row["failed"] else ""
             parts.append(f"<tr{failed}>" + "".join(mark("td", *cell) for cell in line) + "</tr>")
         parts.append("</table>")
     for title, said in results["said"].items():
-        parts += [f"<h2>{text(title)}</h2>", f"<pre>{text(said)}</pre>"]
-    page = f"<!doctype html><meta charset=utf-8><title>fastattn benchmark</title><style>{STYLE}</style>" + "\n".join(parts)
+        parts += [f"<h2>{html.escape(title)}</h2>", f"<pre>{html.escape(said)}</pre>"]
+    page = (
+        f"<!doctype html><meta charset=utf-8><title>fastattn benchmark</title><style>{STYLE}</style>"
+        + "\n".join(parts)
+    )
     (folder / "report.html").write_text(page)
     return folder / "report.html"
 
 
-def _html_pairs(pairs, text):
-    rows = "".join(f"<tr><th class=text>{text(k)}</th><td class=text>{text(v)}</td></tr>" for k, v in pairs.items())
+def _html_pairs(pairs):
+    rows = "".join(
+        f"<tr><th class=text>{html.escape(k)}</th><td class=text>{html.escape(v)}</td></tr>" for k, v in pairs.items()
+    )
     return f"<table>{rows}</table>"

@@ -172,7 +172,12 @@ def ceilings(device):
 def mix_rate(measured, work):
     """TB/s that memory gives to this mix of reads and writes, between the four measured ones."""
     written = work.write / (work.read + work.write)
-    points = [(0.0, measured["read"]), (1 / 3, measured["add"]), (0.5, measured["copy"]), (1.0, measured["write"])]
+    points = [
+        (0.0, measured["read"]),
+        (1 / 3, measured["add"]),
+        (0.5, measured["copy"]),
+        (1.0, measured["write"]),
+    ]
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if written <= x1:
             return y0 + (y1 - y0) * (written - x0) / (x1 - x0)
