@@ -18,7 +18,7 @@ COLUMNS = (
 def measure(case, device, ceilings, seconds=1.0):
     """The rows of one case, forward then backward: dicts with the keys of COLUMNS, None where a figure does not apply.
 
-    seconds: how long each provider's samples are taken for, a pass. A provider that is wrong, refuses or raises gets
+    seconds: how long a pass of all providers is sampled for, and how long each then runs back to back on a GPU. A provider that is wrong, refuses or raises gets
     its sentence in `note` and no time; `failed` marks those that are ours and not merely refused.
     """
     torch.manual_seed(0)
@@ -37,17 +37,17 @@ def measure(case, device, ceilings, seconds=1.0):
         timed = {name: rows[name, direction] for name in right}
         work = case.forward if direction == "forward" else case.backward
         if right:
-            (_time_on_gpu if device.type == "cuda" else _time_on_cpu)(
-                case, inputs, right, timed, direction, seconds
+            (_time_on_gpu if timing.is_gpu(device) else _time_on_cpu)(
+                case, inputs, right, timed, direction, seconds, device
             )
         for row in timed.values():
             _derive(row, timed.get("eager"), work, ceilings, device)
-    return list(rows.values())
+    return [rows[name, direction] for direction in _passes(case, inputs) for name in calls]
 
 
 def _providers(case, device):
     """{name: (function, backend to force)}; a GPU times each of our fused backends and the peers as well."""
-    if device.type == "cpu":
+    if not timing.is_gpu(device):
         return {name: (case.providers[name], None) for name in ("eager", "fastattn")}
     found = {"eager": (case.providers["eager"], None)}
     found |= {
@@ -170,20 +170,20 @@ def _call(function, forced, inputs, direction, outer):
     return forcing
 
 
-def _time_on_cpu(case, inputs, calls, rows, direction, seconds):
+def _time_on_cpu(case, inputs, calls, rows, direction, seconds, device):
     ready = {name: _call(*call, inputs, direction, True) for name, call in calls.items()}
     for name, samples in timing.cpu_times(ready, seconds).items():
         rows[name]["p20_us"], rows[name]["median_us"], rows[name]["p80_us"] = timing.quantiles(samples)
 
 
-def _time_on_gpu(case, inputs, calls, rows, direction, seconds):
+def _time_on_gpu(case, inputs, calls, rows, direction, seconds, device):
     ready = {name: _call(*call, inputs, direction, True) for name, call in calls.items()}
-    for name, samples in timing.gpu_times(ready, seconds).items():
+    for name, samples in timing.gpu_times(ready, seconds, device).items():
         rows[name]["p20_us"], rows[name]["median_us"], rows[name]["p80_us"] = timing.quantiles(samples)
     nbytes = sum(t.numel() * t.element_size() for t in inputs if isinstance(t, torch.Tensor))
-    l2 = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
     copies = max(1, min(timing.GRAPH_CALLS, math.ceil(4 * l2 / max(nbytes, 1))))
-    rotated = [case.make(inputs[0].device) for _ in range(copies)]
+    rotated = [case.make(device) for _ in range(copies)]
     for name, (function, forced) in calls.items():
         row = rows[name]
         once = _call(function, forced, inputs, direction, False)
@@ -226,7 +226,7 @@ def _derive(row, eager, work, ceilings, device):
     row["tb_s"] = moved / row["median_us"] / 1e6
     if work.flops:
         row["tflop_s"] = work.flops / row["median_us"] / 1e6
-    if device.type == "cpu":
+    if not timing.is_gpu(device):
         return
     if eager and eager["median_us"]:
         row["speedup"] = eager["median_us"] / row["median_us"]

@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 import fastattn
+from fastattn.benchmarks import timing
 from fastattn.benchmarks.measure import COLUMNS
 
 TORCH_AGAINST_TORCH = "On a CPU fastattn runs stock torch, so these times are torch against torch: there is no speed-up to report."
@@ -41,7 +42,7 @@ def environment(device):
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
         "device": str(device),
     }
-    if device.type == "cuda":
+    if timing.is_gpu(device):
         properties = torch.cuda.get_device_properties(device)
         found |= {
             "device": properties.name,
@@ -248,6 +249,7 @@ def html_page(folder):
 
 def _html_pairs(pairs):
     rows = "".join(
-        f"<tr><th class=text>{html.escape(k)}</th><td class=text>{html.escape(v)}</td></tr>" for k, v in pairs.items()
+        f"<tr><th class=text>{html.escape(k)}</th><td class=text>{html.escape(str(v))}</td></tr>"
+        for k, v in pairs.items()
     )
     return f"<table>{rows}</table>"

@@ -25,16 +25,17 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
     results = {"environment": environment, "ceilings": {}, "rows": [], "said": {}}
     modules = [importlib.import_module(f"fastattn.benchmarks.bench_{op}") for op in OPS if op in chosen]
     cases = [case for module in modules for case in module.cases(device, quick)]
-    if device.type == "cuda" and cases:
+    if timing.is_gpu(device) and cases:
         results["ceilings"] = timing.ceilings(device) if backend.triton_found() else {}
         console.print(_pairs("Ceilings measured just now (TB/s, TFLOP/s)", results["ceilings"]))
+    seconds = (0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
     with _progress(console) as progress:
         task = progress.add_task("ops", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.op}, {case.shape}")
-            results["rows"] += measure(case, device, results["ceilings"], seconds=0.1 if quick else 0.3)
+            results["rows"] += measure(case, device, results["ceilings"], seconds)
             progress.advance(task)
-            if device.type == "cuda":
+            if timing.is_gpu(device):
                 torch.cuda.empty_cache()
     failures = sum(row["failed"] for row in results["rows"])
     if "host" in chosen:
@@ -45,9 +46,9 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
         failures += len(wrong)
 
     if results["rows"]:
-        console.print(report.table(results["rows"], device.type == "cuda"))
+        console.print(report.table(results["rows"], timing.is_gpu(device)))
         for (op, direction, provider), (t0, rate) in report.fits(results["rows"]).items():
-            if device.type == "cuda":
+            if timing.is_gpu(device):
                 console.print(f"{op} {direction}, {provider}: T = {t0:.1f} µs + bytes / {rate:.2f} TB/s")
     if "host" in chosen:
         console.print(_host_table(results["host_path"]))

@@ -54,6 +54,9 @@ def package(name):
 
 def compiled(function):
     """`function` under torch.compile, compiled at its first call."""
+    torch._functorch.config.donated_buffer = (
+        False  # the backward is timed alone, again and again on one graph
+    )
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

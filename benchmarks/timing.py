@@ -18,6 +18,10 @@ GRAPH_CALLS = 50
 FLOPS_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}
 
 
+def is_gpu(device):
+    return device.type == "cuda"
+
+
 def quantiles(samples):
     """(20 %, median, 80 %) of at least one sample."""
     ordered = sorted(samples)
@@ -51,9 +55,9 @@ def host_time(call, repeats=30):
     return statistics.median(samples)
 
 
-def gpu_times(calls, seconds, max_samples=200):
+def gpu_times(calls, seconds, device, max_samples=200):
     """{name: [microseconds]} of device time with a cold L2, interleaved, for about `seconds` altogether."""
-    clean = torch.zeros(L2_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    clean = torch.zeros(L2_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
     flush = lambda: torch.sum(clean)  # noqa: E731
     flush_us = statistics.median(one_event(flush) for _ in range(5))
     # The flush must outlast the host's side of the call, or the device would wait for it between the two events.
@@ -119,6 +123,7 @@ def sustained(call, seconds=1.0):
         previous.synchronize()  # one batch stays queued: the GPU never waits, and the queue never grows
         previous = marker
     after.record()
+    reading = reading or ask_nvidia_smi()  # one batch took all the time: it is still running
     torch.cuda.synchronize()
     return before.elapsed_time(after) * 1e3 / count, *read_nvidia_smi(reading)
 
@@ -155,17 +160,17 @@ def peak_memory(call):
     return torch.cuda.max_memory_allocated() - before
 
 
-def ceilings(device):
+def ceilings(device, nbytes=1 << 30, side=8192):
     """Measured on this GPU just now: TB/s of each mix of reads and writes, and TFLOP/s of a bf16 matrix product."""
     from fastattn.benchmarks.ceilings import streams
 
     measured = {}
-    for name, (read, written, movers) in streams(device, 1 << 30).items():
-        best = min(statistics.median(gpu_times({"": mover}, 0.3)[""]) for mover in movers)
+    for name, (read, written, movers) in streams(device, nbytes).items():
+        best = min(statistics.median(gpu_times({"": mover}, 0.3, device)[""]) for mover in movers)
         measured[name] = (read + written) / best / 1e6
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     microseconds, clock, power = sustained(lambda: a @ b)
-    measured["matmul"] = 2 * 8192**3 / microseconds / 1e6
+    measured["matmul"] = 2 * side**3 / microseconds / 1e6
     return measured | {"matmul_sm_mhz": clock, "matmul_power_w": power}
 
 

@@ -109,6 +109,9 @@ def check(device: Device = "", op: Op = None):
     """Numerics of every op on every backend in every dtype, forward and backward, against float64."""
     warnings.simplefilter("ignore", backend.FallbackWarning)
     console, where = _console(), _device(device)
+    known = list(dict.fromkeys(case.function for case in check_cases.CASES))
+    if unknown := [name for name in op or () if name not in known]:
+        raise typer.BadParameter(f"--op {unknown[0]}: need one of {', '.join(known)}")
     results, skipped = check_cases.check_all(
         where,
         op or None,
@@ -160,8 +163,7 @@ def bench(
     from fastattn.benchmarks import run
 
     warnings.simplefilter("ignore", backend.FallbackWarning)
-    unknown = [name for name in op or () if name not in run.EVERYTHING]
-    if unknown:
+    if unknown := [name for name in op or () if name not in run.EVERYTHING]:
         raise typer.BadParameter(f"--op {unknown[0]}: need one of {', '.join(run.EVERYTHING)}")
     if data is not None and not data.is_file():
         raise typer.BadParameter(f"--data {data}: no such file")
