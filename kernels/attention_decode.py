@@ -31,33 +31,50 @@ LN2 = tl.constexpr(0.6931471805599453)
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 256
 
-# Rows: (bytes of a padded key row, tile), ascending, the first that fits. Two programs an SM with about 64 KiB of loads in
-# flight each. Chosen from shared-memory and register budgets; not yet timed on any GPU.
+# Rows by architecture and element width: (padded head width, tile), ascending, the first that fits. MAX_M bounds the tile of
+# packed query rows. About 64 KiB of loads in flight a program and two programs an SM; fp32 has no tensor cores when IEEE is
+# asked for, and its operands spill with wider tiles. From shared-memory and register budgets; not yet timed on any GPU.
 # fmt: off
 TILES = {
-    80: [
-        (128,  dict(BLOCK_N=64, num_warps=4, num_stages=4)),
-        (256,  dict(BLOCK_N=32, num_warps=4, num_stages=4)),
-        (512,  dict(BLOCK_N=32, num_warps=4, num_stages=2)),
-        (1024, dict(BLOCK_N=16, num_warps=4, num_stages=2)),
+    (80, 16): [
+        (64,  dict(MAX_M=64, BLOCK_N=64, num_warps=4, num_stages=4)),
+        (128, dict(MAX_M=64, BLOCK_N=32, num_warps=4, num_stages=4)),
+        (256, dict(MAX_M=32, BLOCK_N=32, num_warps=4, num_stages=2)),
     ],
-    90: [
-        (128,  dict(BLOCK_N=128, num_warps=4, num_stages=3)),
-        (256,  dict(BLOCK_N=64, num_warps=4, num_stages=3)),
-        (512,  dict(BLOCK_N=32, num_warps=4, num_stages=3)),
-        (1024, dict(BLOCK_N=16, num_warps=4, num_stages=3)),
+    (80, 32): [
+        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=2)),
+        (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=2)),
+        (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=2)),
     ],
-    100: [
-        (128,  dict(BLOCK_N=128, num_warps=4, num_stages=3)),
-        (256,  dict(BLOCK_N=64, num_warps=4, num_stages=3)),
-        (512,  dict(BLOCK_N=32, num_warps=4, num_stages=3)),
-        (1024, dict(BLOCK_N=16, num_warps=4, num_stages=3)),
+    (90, 16): [
+        (64,  dict(MAX_M=64, BLOCK_N=128, num_warps=4, num_stages=3)),
+        (128, dict(MAX_M=64, BLOCK_N=64, num_warps=4, num_stages=3)),
+        (256, dict(MAX_M=32, BLOCK_N=32, num_warps=4, num_stages=3)),
     ],
-    "hip": [
-        (128,  dict(BLOCK_N=64, num_warps=4, num_stages=2)),
-        (256,  dict(BLOCK_N=32, num_warps=4, num_stages=2)),
-        (512,  dict(BLOCK_N=16, num_warps=4, num_stages=2)),
-        (1024, dict(BLOCK_N=16, num_warps=4, num_stages=1)),
+    (90, 32): [
+        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=3)),
+        (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=3)),
+        (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=3)),
+    ],
+    (100, 16): [
+        (64,  dict(MAX_M=64, BLOCK_N=128, num_warps=4, num_stages=3)),
+        (128, dict(MAX_M=64, BLOCK_N=64, num_warps=4, num_stages=3)),
+        (256, dict(MAX_M=32, BLOCK_N=32, num_warps=4, num_stages=3)),
+    ],
+    (100, 32): [
+        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=3)),
+        (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=3)),
+        (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=3)),
+    ],
+    ("hip", 16): [
+        (64,  dict(MAX_M=64, BLOCK_N=64, num_warps=4, num_stages=2)),
+        (128, dict(MAX_M=64, BLOCK_N=32, num_warps=4, num_stages=2)),
+        (256, dict(MAX_M=32, BLOCK_N=16, num_warps=4, num_stages=2)),
+    ],
+    ("hip", 32): [
+        (64,  dict(MAX_M=16, BLOCK_N=32, num_warps=4, num_stages=2)),
+        (128, dict(MAX_M=16, BLOCK_N=16, num_warps=4, num_stages=2)),
+        (256, dict(MAX_M=16, BLOCK_N=16, num_warps=4, num_stages=1)),
     ],
 }
 # fmt: on
@@ -82,19 +99,20 @@ def total_length(lens_ptr, b, S_new, capacity):
 
 
 @triton.jit
-def key_rows(table_ptr, n, offs, mask, num_pages, stride_page, stride_n, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Element offsets of the keys at positions n + offs; n is a multiple of BLOCK_N."""
+def locate(table_ptr, n, offs, mask, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page and slot of the keys at positions n + offs, n a multiple of BLOCK_N; a contiguous cache is one page."""
     if PAGE_SIZE == 0:
-        rows = (n + offs).to(tl.int64) * stride_n
+        page = 0
+        slot = n + offs
     elif PAGE_SIZE % BLOCK_N == 0:
         page = tl.load(table_ptr + n // PAGE_SIZE).to(tl.int64)
-        page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
-        rows = page * stride_page + (n % PAGE_SIZE + offs).to(tl.int64) * stride_n
+        slot = n % PAGE_SIZE + offs
     else:
         page = tl.load(table_ptr + (n + offs) // PAGE_SIZE, mask=mask, other=0).to(tl.int64)
+        slot = (n + offs) % PAGE_SIZE
+    if PAGE_SIZE != 0:
         page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
-        rows = page * stride_page + ((n + offs) % PAGE_SIZE).to(tl.int64) * stride_n
-    return rows
+    return page, slot.to(tl.int64)
 
 
 # Sizes that change from call to call are not specialised on: being 1 or a multiple of 16 must not compile a kernel anew.
@@ -187,14 +205,11 @@ def attention_decode_fwd_kernel(
 
     for n in range(start, end, BLOCK_N):
         mask_n = n + offs_n < end
-        rows = key_rows(table_ptr, n, offs_n, mask_n, num_pages, stride_k_page, stride_k_n, PAGE_SIZE, BLOCK_N)
-        k = tl.load(
-            k_ptr + rows[:, None] + offs_d[None, :], mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0
-        )
-        rows = key_rows(table_ptr, n, offs_n, mask_n, num_pages, stride_v_page, stride_v_n, PAGE_SIZE, BLOCK_N)
-        v = tl.load(
-            v_ptr + rows[:, None] + offs_dv[None, :], mask=mask_n[:, None] & (offs_dv < D_V)[None, :], other=0.0
-        )
+        page, slot = locate(table_ptr, n, offs_n, mask_n, num_pages, PAGE_SIZE, BLOCK_N)
+        k_ptrs = k_ptr + (page * stride_k_page + slot * stride_k_n)[:, None] + offs_d[None, :]
+        k = tl.load(k_ptrs, mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)
+        v_ptrs = v_ptr + (page * stride_v_page + slot * stride_v_n)[:, None] + offs_dv[None, :]
+        v = tl.load(v_ptrs, mask=mask_n[:, None] & (offs_dv < D_V)[None, :], other=0.0)
 
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if HAS_SOFTCAP:
@@ -232,7 +247,8 @@ def attention_decode_fwd_kernel(
         m_safe = tl.where(m_all == float("-inf"), 0.0, m_all)
         w = tl.exp2(m - m_safe)
         total = z * w + tl.exp2(sink - m_safe)
-        o = acc * (w / tl.where(total == 0.0, 1.0, total))[:, None]
+        total = tl.where(total == 0.0, 1.0, total)  # no key and no sink: 0 / 1, and log2(1) beside an m of -inf
+        o = acc * (w / total)[:, None]
         tl.store(lse_ptr + row, (m_all + tl.log2(total)) * LN2, mask=mask_m)
         tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=mask_o)
 
@@ -270,10 +286,10 @@ def attention_decode_combine_kernel(
         part = tl.load(part_ptrs, mask=(m > float("-inf"))[:, None] & mask_dv[None, :], other=0.0)
         acc += tl.sum(part * tl.exp2(m - m_safe)[:, None], 0)
 
-    o = acc / tl.where(total == 0.0, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)
     tl.store(lse_ptr + row, (m_all + tl.log2(total)) * LN2)
     o_ptrs = o_ptr + b * stride_o_b + h * stride_o_h + i * stride_o_t + offs_dv
-    tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=mask_dv)
+    tl.store(o_ptrs, (acc / total).to(o_ptr.dtype.element_ty), mask=mask_dv)
 
 
 def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks,
@@ -317,9 +333,11 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
         if lse.numel() == 0:
             return o, lse
 
-        tile = tile_row(q.device, max(BLOCK_D, BLOCK_DV) * q.element_size())
+        tile = tile_row(q.device, q.element_size(), max(D, D_v))
+        if paged:  # the page number is a load of its own: the pipeline shares its stages between the two
+            tile["num_stages"] = 2 * tile["num_stages"] - 1
         rows = H // H_kv * S_q
-        BLOCK_M = min(64, max(16, triton.next_power_of_2(rows)))
+        BLOCK_M = max(16, min(tile.pop("MAX_M"), triton.next_power_of_2(rows)))
         programs = B * H_kv * triton.cdiv(rows, BLOCK_M)
         num_splits = num_splits or choose_splits(programs, triton.cdiv(capacity, tile["BLOCK_N"]), processors(q.device))
         split = num_splits > 1
@@ -345,9 +363,10 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
     return o, lse
 
 
-def tile_row(device, row_bytes):
-    """The first row of TILES that holds a padded key row of row_bytes, for this device's architecture or the next below."""
-    return next(row for limit, row in TILES[architecture(device)] if row_bytes <= limit)
+def tile_row(device, element_size, head_dim):
+    """A copy of the first row of TILES that holds head_dim, for this device's architecture or the nearest below."""
+    rows = TILES[architecture(device), 8 * element_size]
+    return dict(next(row for limit, row in rows if head_dim <= limit))
 
 
 @functools.cache
@@ -357,7 +376,7 @@ def architecture(device):
     if torch.version.hip:
         return "hip"
     major, minor = torch.cuda.get_device_capability(device)
-    return max((a for a in TILES if a != "hip" and a <= 10 * major + minor), default=80)
+    return max((a for a in (80, 90, 100) if a <= 10 * major + minor), default=80)
 
 
 @functools.cache
