@@ -99,21 +99,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         # As in torch: the hint replaces the mask only where nothing else has to be merged into it.
         causal = is_causal and key_padding_mask is None and not need_weights
         mask, bias = _merge(None if causal else attn_mask, key_padding_mask, q)
-        if self.bias_k is not None:  # one more key and value, seen by every query
-            k, v = (
-                torch.cat([t, b.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(len(t), -1, -1, -1)], 2)
-                for t, b in ((k, self.bias_k), (v, self.bias_v))
-            )  # fmt: skip
-            mask = mask if mask is None or mask.shape[-1] == 1 else F.pad(mask, (0, 1), value=True)
-            bias = bias if bias is None or bias.shape[-1] == 1 else F.pad(bias, (0, 1))
-        # A key of zeros has logit 0 and value 0: it is a sink.
-        sinks = q.new_zeros(self.num_heads) if self.add_zero_attn else None
+        for k_row, v_row in self._added_keys(k):  # one more key and value, seen by every query
+            k, v = torch.cat([k, k_row], dim=2), torch.cat([v, v_row], dim=2)
+            mask = mask if mask is None else F.pad(mask, (0, 1), value=True)
+            bias = bias if bias is None else F.pad(bias, (0, 1))
         dropout_p = self.dropout if self.training else 0.0
-        options = dict(bias=bias, mask=mask, causal=causal, sinks=sinks, dropout_p=dropout_p)
+        options = dict(bias=bias, mask=mask, causal=causal, dropout_p=dropout_p)
         if need_weights:
-            o, lse, weights = functional.attention(q, k, v, **options, return_lse=True, return_weights=True)
-            if sinks is not None:
-                weights = torch.cat([weights, torch.exp(-lse).to(weights.dtype)[..., None]], dim=-1)
+            o, weights = functional.attention(q, k, v, **options, return_weights=True)
             weights = weights.mean(dim=1) if average_attn_weights else weights
         else:
             o, weights = functional.attention(q, k, v, **options), None
@@ -179,6 +172,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             y = y.transpose(0, 1)
         return [t.transpose(1, 2) for t in y.unflatten(-1, (-1, self.num_heads, self.head_dim)).unbind(2)]
+
+    def _added_keys(self, k):
+        """Pairs of rows (N, H, 1, D) that add_bias_kv and add_zero_attn append to the keys and values."""
+        shape = (*k.shape[:2], 1, k.shape[3])
+        if self.bias_k is not None:
+            yield tuple(t.view(1, *shape[1:]).expand(shape) for t in (self.bias_k, self.bias_v))
+        if self.add_zero_attn:
+            yield k.new_zeros(shape), k.new_zeros(shape)
 
 
 def _merge(attn_mask, key_padding_mask, q):

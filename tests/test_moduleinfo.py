@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import DEVICE
-from module_agreement import disagreements
+from module_runs import outputs_and_gradients
 from torch.testing._internal.common_modules import module_db
 
 import fastattn
@@ -28,25 +28,27 @@ def sample_inputs(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_torchs_samples_agree_natively(name):
-    native, broken = 0, []
+    """With the tolerances of torch's own module tests: the 2 x rule compares rounding, which three elements are too few for."""
+    native = 0
     samples = sample_inputs(name)
     for i, sample in enumerate(samples):
-        made, given = sample.constructor_input, sample.forward_input
+        made, (args, kwargs) = sample.constructor_input, (sample.forward_input.args, sample.forward_input.kwargs)
         stock = getattr(torch.nn, name)(*made.args, **made.kwargs).to(DEVICE)
         ours = getattr(nn, name)(*made.args, **made.kwargs).to(DEVICE)
-        with fastattn.use_backend("triton"):
-            before = backend.calls.copy()
-            try:
-                sentences = disagreements(ours, stock, given.args, given.kwargs)
-            except NotImplementedError as refusal:
-                assert REFUSED.get((name, i), "not listed") in str(refusal)
-                continue
-        assert (name, i) not in REFUSED, "listed as refused, but served"
+        ours.load_state_dict(stock.state_dict())
+        before = backend.calls.copy()
+        try:
+            with fastattn.use_backend("triton"):
+                got = outputs_and_gradients(ours, args, kwargs)
+        except NotImplementedError as refusal:
+            assert REFUSED.get((name, i), "not listed") in str(refusal)
+            continue
+        torch.testing.assert_close(
+            got, outputs_and_gradients(stock, args, kwargs), msg=lambda m, i=i, made=made: f"{i} {made}: {m}"
+        )
         ran = backend.calls - before
         assert ran and all(by == "triton" for _, by in ran), ran
         native += 1
-        broken += [f"{name} sample {i} {made.args} {made.kwargs} {given.kwargs}: {s}" for s in sentences]
     print(f"{name}: {native} of {len(samples)} samples through Triton")
-    assert not broken, "\n".join(broken)
     assert len(samples) == SAMPLES[name], "torch's list has changed: look at what is new"
     assert native == len(samples) - sum(refused == name for refused, _ in REFUSED)
