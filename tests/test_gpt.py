@@ -137,30 +137,32 @@ def test_compiles_to_one_graph():
 
 
 def test_thirty_steps_through_triton_follow_eager():
-    """Each step's loss and gradients within 2 x eager's own error at those parameters; the loss curve that of eager training."""
+    """Loss and every gradient, over 30 steps, within 2 x eager's own error at the same parameters; the curve of eager training."""
     ours = tiny()
     eager, baseline, exact = copy.deepcopy(ours), copy.deepcopy(ours), copy.deepcopy(ours).double()
+    models = ((ours, "triton"), (baseline, "torch"), (exact, "torch"), (eager, "torch"))
     optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in (ours, eager)]
     batch, targets = ids(), ids(seed=1)
-    before, curves, broken = backend.calls.copy(), [], []
-    for step in range(30):
+    before, steps = backend.calls.copy(), []
+    for _ in range(30):
         baseline.load_state_dict(ours.state_dict())
         exact.load_state_dict(ours.state_dict())
-        rows = []
-        for model, name in ((ours, "triton"), (baseline, "torch"), (exact, "torch"), (eager, "torch")):
+        seen = []
+        for model, name in models:
             model.zero_grad()
             with fastattn.use_backend(name):
                 loss = model(batch, targets)[1]
                 loss.backward()
-            rows.append({"loss": loss} | {n: p.grad for n, p in model.named_parameters()})
+            seen.append({"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()})
         for optimizer in optimizers:
             optimizer.step()
-        curves.append([rows[0]["loss"].item(), rows[3]["loss"].item()])
-        broken += [f"step {step}: {s}" for n in rows[0] if (s := check.compare(n, *(row[n] for row in rows[:3])))]
-    assert not broken, "\n".join(broken)
-    ours_curve, eager_curve = torch.tensor(curves).T
-    torch.testing.assert_close(ours_curve, eager_curve, rtol=1e-4, atol=0)
-    assert ours_curve[-1] < ours_curve[0] - 1
+        steps.append(seen)
+    # One tensor for each name, all steps in it: the largest of 30 rounding errors is a measure, one alone is luck.
+    runs = [{n: torch.stack([seen[i][n] for seen in steps]) for n in steps[0][0]} for i in range(4)]
+    assert not [s for n in runs[0] if (s := check.compare(n, *(run[n] for run in runs[:3])))]
+    curve = runs[0]["loss"]
+    torch.testing.assert_close(curve, runs[3]["loss"], rtol=1e-4, atol=0)
+    assert curve[-1] < curve[0] - 1
     ran = {op: n for (op, name), n in (backend.calls - before).items() if name == "triton"}
-    print(f"calls through Triton: {ran}, loss {ours_curve[0]:.3f} -> {ours_curve[-1]:.3f}")
+    print(f"calls through Triton: {ran}, loss {curve[0]:.3f} -> {curve[-1]:.3f}")
     assert ran == {"embeddings": 30, "layer_norm": 30, "add_layer_norm": 120, "attention": 60}
