@@ -9,7 +9,6 @@ Letters: N batch, L query length, S key length, E width, H heads, D = E / H.
 
 import torch
 import torch.nn.functional as F
-
 from torch import nn
 
 from fastattn import backend, functional
@@ -70,7 +69,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     the padding mask apart from attn_mask, unless both are float: then their sum (N, 1 or H, L, S) is made.
 
     Left to torch's forward:
-    - nested tensors, and tensor subclasses that override torch functions;
+    - nested tensors;
     - need_weights=True while dropout is active: torch returns the weights after dropout, ours are from before it;
     - is_causal=True with add_bias_kv or add_zero_attn, where the hint hides the added keys;
     - whatever torch refuses (shapes, mask dtypes, is_causal without attn_mask), so that the error is torch's.
@@ -122,8 +121,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         tensors = (query, key, value)
         if any(t.is_nested for t in tensors):
             return "nested tensors take torch's own kernels"
-        if torch.overrides.has_torch_function(tensors):
-            return "a tensor subclass overrides torch functions"
         if need_weights and self.training and self.dropout > 0.0:
             return "the weights after dropout were asked for (need_weights=False leaves them out)"
         if is_causal and (attn_mask is None or self.bias_k is not None or self.add_zero_attn):
@@ -171,7 +168,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             y = y[None]
         elif not self.batch_first:
             y = y.transpose(0, 1)
-        return [t.transpose(1, 2) for t in y.unflatten(-1, (-1, self.num_heads, self.head_dim)).unbind(2)]
+        y = y.view(*y.shape[:2], y.shape[2] // self.embed_dim, self.num_heads, self.head_dim)
+        return [t.transpose(1, 2) for t in y.unbind(2)]
 
     def _added_keys(self, k):
         """Pairs of rows (N, H, 1, D) that add_bias_kv and add_zero_attn append to the keys and values."""
@@ -186,7 +184,11 @@ def _merge(attn_mask, key_padding_mask, q):
     """torch's two masks (True = ignore, float = added) as attention's (mask, bias): True = attend, un-expanded, 4-D."""
     mask = bias = None
     if attn_mask is not None:
-        attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, q.shape[:2])
+        attn_mask = (
+            attn_mask[None, None]
+            if attn_mask.dim() == 2
+            else attn_mask.view(*q.shape[:2], *attn_mask.shape[1:])
+        )
         mask, bias = (~attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
     if key_padding_mask is not None:
         padding = key_padding_mask.view(q.shape[0], 1, 1, -1)
@@ -236,7 +238,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 def _add_norm(x, residual, dropout, norm, prenorm=False):
     """norm(residual + dropout(x)), and the sum itself with prenorm; fused where both modules are what their types say."""
-    if type(dropout) is nn.Dropout and type(norm) is LayerNorm and not (_has_hooks(dropout) or _has_hooks(norm)):
+    if (
+        type(dropout) is nn.Dropout
+        and type(norm) is LayerNorm
+        and not (_has_hooks(dropout) or _has_hooks(norm))
+    ):
         p = dropout.p if dropout.training else 0.0
         affine = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return functional.add_layer_norm(x, residual, *affine, dropout_p=p, prenorm=prenorm)
@@ -347,7 +353,9 @@ class Embeddings(nn.Module):
         if type_ids is not None and types is None:
             raise ValueError("Embeddings: type_ids were given to a module without types; set num_types")
         if position_ids is not None and positions is None:
-            raise ValueError("Embeddings: position_ids were given to a module without positions; set num_positions")
+            raise ValueError(
+                "Embeddings: position_ids were given to a module without positions; set num_positions"
+            )
         affine = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
         p = self.dropout if self.training else 0.0
         return functional.embeddings(

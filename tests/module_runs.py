@@ -16,6 +16,6 @@ def outputs_and_gradients(module, args, kwargs):
     leaves = {id(t): cast(t).detach().clone().requires_grad_() for t in args}
     outputs = module(*(leaves[id(t)] for t in args), **{name: cast(t) for name, t in kwargs.items()})
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
-    generator = torch.Generator().manual_seed(0)
-    dy = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    generator = torch.Generator("cpu").manual_seed(0)
+    dy = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o) for o in outputs]
     return [*outputs, *torch.autograd.grad(outputs, [*leaves.values(), *module.parameters()], dy)]

@@ -4,13 +4,19 @@ import copy
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import fastattn
-
 from fastattn import backend, check
 from fastattn.models.gpt import GPT, SIZES, GPTConfig, KVCache, sample
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=64)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with torch.device(DEVICE):
+        yield
 
 
 def tiny(**options):
@@ -19,10 +25,12 @@ def tiny(**options):
 
 
 def ids(B=2, T=32, seed=0):
-    return torch.randint(TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(TINY["vocab_size"], (B, T), generator=torch.Generator(DEVICE).manual_seed(seed))
 
 
-@pytest.mark.parametrize("size, millions", [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)])
+@pytest.mark.parametrize(
+    "size, millions", [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)]
+)
 def test_published_sizes(size, millions):
     with torch.device("meta"):
         model = GPT(GPTConfig(**SIZES[size]))
@@ -57,7 +65,9 @@ def test_head_is_the_token_table():
     loss.backward()
     unseen = torch.ones(64, dtype=torch.bool)
     unseen[ids()] = False
-    assert model.wte.weight.grad[unseen].any(dim=1).all(), "a token that is never read gets its gradient as an output"
+    assert model.wte.weight.grad[unseen].any(dim=1).all(), (
+        "a token that is never read gets its gradient as an output"
+    )
     twin = copy.deepcopy(model)
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -102,7 +112,7 @@ def test_generate():
     assert torch.equal(model.generate(prompt, 6, top_k=1), slow)
 
     def drawn(seed):
-        return model.generate(prompt, 20, generator=torch.Generator().manual_seed(seed))
+        return model.generate(prompt, 20, generator=torch.Generator(DEVICE).manual_seed(seed))
 
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
     with pytest.raises(ValueError, match="n_positions is 32"):
@@ -113,7 +123,7 @@ def test_generate():
 
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, 4)
-    drawn = sample(logits, temperature=2.0, top_k=3, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits, temperature=2.0, top_k=3, generator=torch.Generator(DEVICE).manual_seed(0))
     expected = torch.tensor([0.0, 0.5, 1.0, 1.5]).exp() * torch.tensor([0.0, 1.0, 1.0, 1.0])
     assert (drawn.flatten().bincount(minlength=4) / 4000 - expected / expected.sum()).abs().max() < 0.03
 

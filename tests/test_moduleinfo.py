@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-
 from conftest import DEVICE
 from module_runs import outputs_and_gradients
 from torch.testing._internal.common_modules import module_db
 
 import fastattn
-
 from fastattn import backend, nn
 
 CLASSES = ("LayerNorm", "RMSNorm", "Softmax", "LogSoftmax", "MultiheadAttention", "TransformerEncoderLayer")
@@ -17,7 +15,9 @@ CLASSES = ("LayerNorm", "RMSNorm", "Softmax", "LogSoftmax", "MultiheadAttention"
 REFUSED: dict[tuple[str, int], str] = {}
 
 # The same in training and evaluation, but for the samples that torch adds in training.
-SAMPLES = dict(LayerNorm=7, RMSNorm=6, Softmax=3, LogSoftmax=4, MultiheadAttention=64, TransformerEncoderLayer=39)
+SAMPLES = dict(
+    LayerNorm=7, RMSNorm=6, Softmax=3, LogSoftmax=4, MultiheadAttention=64, TransformerEncoderLayer=39
+)
 
 
 def sample_inputs(name):
@@ -32,7 +32,10 @@ def test_torchs_samples_agree_natively(name):
     native = 0
     samples = sample_inputs(name)
     for i, sample in enumerate(samples):
-        made, (args, kwargs) = sample.constructor_input, (sample.forward_input.args, sample.forward_input.kwargs)
+        made, (args, kwargs) = (
+            sample.constructor_input,
+            (sample.forward_input.args, sample.forward_input.kwargs),
+        )
         stock = getattr(torch.nn, name)(*made.args, **made.kwargs).to(DEVICE)
         ours = getattr(nn, name)(*made.args, **made.kwargs).to(DEVICE)
         ours.load_state_dict(stock.state_dict())
@@ -44,7 +47,11 @@ def test_torchs_samples_agree_natively(name):
             assert REFUSED.get((name, i), "not listed") in str(refusal)
             continue
         torch.testing.assert_close(
-            got, outputs_and_gradients(stock, args, kwargs), rtol=1e-4, atol=1e-4, msg=lambda m, i=i: f"sample {i}: {m}"
+            got,
+            outputs_and_gradients(stock, args, kwargs),
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda m, i=i: f"sample {i}: {m}",
         )
         ran = backend.calls - before
         assert ran and all(by == "triton" for _, by in ran), ran

@@ -6,14 +6,19 @@ import pickle
 
 import pytest
 import torch
-
+from conftest import DEVICE
 from module_runs import outputs_and_gradients
 
 import fastattn
-
 from fastattn import backend, check, nn, reference
 
 N, L, S, E, H = 2, 5, 7, 12, 3
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with torch.device(DEVICE):
+        yield
 
 
 def pair(name, *args, **kwargs):
@@ -60,7 +65,9 @@ def test_is_torchs_class_in_every_way_that_shows(name):
     ours = getattr(nn, name)(*args, **kwargs)
     assert isinstance(ours, getattr(torch.nn, name)) and repr(ours) == repr(stock)
     assert list(ours.state_dict()) == list(stock.state_dict())
-    assert all(map(torch.equal, ours.state_dict().values(), stock.state_dict().values())), "other initial values"
+    assert all(map(torch.equal, ours.state_dict().values(), stock.state_dict().values())), (
+        "other initial values"
+    )
 
     x = torch.randn(N, L, E)
     y = call(name, ours, x)
@@ -68,13 +75,19 @@ def test_is_torchs_class_in_every_way_that_shows(name):
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(buffer, weights_only=False)):
+    for other in (
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(buffer, weights_only=False),
+    ):
         assert type(other) is type(ours)
         assert torch.equal(call(name, other, x), y)
     stock.load_state_dict(ours.state_dict())
 
 
-@pytest.mark.parametrize("shape, options", [((E,), {}), ((L, E), dict(bias=False)), ((E,), dict(elementwise_affine=False))])
+@pytest.mark.parametrize(
+    "shape, options", [((E,), {}), ((L, E), dict(bias=False)), ((E,), dict(elementwise_affine=False))]
+)
 def test_layer_norm(shape, options):
     agree(*pair("LayerNorm", shape, eps=1e-3, **options), torch.randn(N, 3, L, E))
 
@@ -99,19 +112,19 @@ def test_softmax_without_a_dim_is_torchs(name):
 
 
 def bool_padding(n=N, s=S):
-    return torch.arange(s) >= torch.tensor([s - 2, s])[:n, None]
+    return (torch.arange(s) >= torch.tensor([s - 2, s])[:n, None]).to(DEVICE)
 
 
 _generator = torch.Generator().manual_seed(0)  # these are drawn at import
 
 
 def floats(*shape):
-    return torch.randn(shape, generator=_generator)
+    return torch.randn(shape, generator=_generator).to(DEVICE)
 
 
 def bools(*shape):
     """About a third to be ignored, never the first key: every query has somewhere to look."""
-    return (torch.rand(shape, generator=_generator) < 0.3) & (torch.arange(shape[-1]) > 0)
+    return ((torch.rand(shape, generator=_generator) < 0.3) & (torch.arange(shape[-1]) > 0)).to(DEVICE)
 
 
 MASKS = {
@@ -142,15 +155,24 @@ def test_attention_masks(masks, need_weights):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("inputs", ["self", "key is value", "three", "query is key", "unbatched", "unbatched self"])
+@pytest.mark.parametrize(
+    "inputs", ["self", "key is value", "three", "query is key", "unbatched", "unbatched self"]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_attention_inputs(batch_first, inputs, bias):
     ours, stock = pair("MultiheadAttention", E, H, batch_first=batch_first, bias=bias)
-    lengths = dict(three=(L, S, S)).get(inputs, (L, L, L) if "self" in inputs or "is key" in inputs else (L, S, S))
+    lengths = dict(three=(L, S, S)).get(
+        inputs, (L, L, L) if "self" in inputs or "is key" in inputs else (L, S, S)
+    )
     shapes = [(N, n, E) if batch_first else (n, N, E) for n in lengths]
     shapes = [(n, E) for n in lengths] if "unbatched" in inputs else shapes
     q, k, v = (torch.randn(shape) for shape in shapes)
-    args = {"self": (q, q, q), "unbatched self": (q, q, q), "key is value": (q, k, k), "query is key": (q, q, v)}
+    args = {
+        "self": (q, q, q),
+        "unbatched self": (q, q, q),
+        "key is value": (q, k, k),
+        "query is key": (q, q, v),
+    }
     args = args.get(inputs, (q, k, v))
     before = backend.calls.copy()
     for average, need_weights in ((True, True), (False, True), (True, False)):
@@ -162,9 +184,21 @@ def test_attention_inputs(batch_first, inputs, bias):
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_widths(widths, batch_first):
     ours, stock = pair("MultiheadAttention", E, H, batch_first=batch_first, **widths)
-    q, k, v = torch.randn(N, L, E), torch.randn(N, S, widths.get("kdim", E)), torch.randn(N, S, widths.get("vdim", E))
+    q, k, v = (
+        torch.randn(N, L, E),
+        torch.randn(N, S, widths.get("kdim", E)),
+        torch.randn(N, S, widths.get("vdim", E)),
+    )
     args = (q, k, v) if batch_first else tuple(t.transpose(0, 1) for t in (q, k, v))
     agree(ours, stock, *args, key_padding_mask=bool_padding())
+
+
+@pytest.mark.parametrize("shapes", [((0, L), (0, S)), ((N, 0), (N, S))])
+def test_attention_of_nothing(shapes):
+    ours, stock = pair("MultiheadAttention", E, H, batch_first=True)
+    q, k = (torch.randn(*shape, E) for shape in shapes)
+    agree(ours, stock, q, k, k)
+    agree(ours, stock, q, k, k, need_weights=False)
 
 
 @pytest.mark.parametrize("options", [dict(add_bias_kv=True), dict(add_zero_attn=True), {}])
@@ -174,7 +208,11 @@ def test_attention_causal_hint(options, need_weights, padded):
     ours, stock = pair("MultiheadAttention", E, H, batch_first=True, **options)
     x = torch.randn(N, S, E)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(S)
-    padding = dict(key_padding_mask=bool_padding().float().masked_fill(bool_padding(), float("-inf"))) if padded else {}
+    padding = (
+        dict(key_padding_mask=bool_padding().float().masked_fill(bool_padding(), float("-inf")))
+        if padded
+        else {}
+    )
     before = torch_calls("MultiheadAttention")
     agree(ours, stock, x, x, x, need_weights=need_weights, attn_mask=mask, is_causal=True, **padding)
     assert (torch_calls("MultiheadAttention") > before) == bool(options)
@@ -192,15 +230,14 @@ def test_attention_masks_stay_small(monkeypatch):
     monkeypatch.setattr(fastattn.functional, "attention", spy)
     module = nn.MultiheadAttention(E, H, batch_first=True)
     x = torch.randn(N, S, E)
-    causal = torch.ones(S, S, dtype=torch.bool).triu(1)
-    module(x, x, x, key_padding_mask=bool_padding(), attn_mask=causal, need_weights=False)
+    module(x, x, x, key_padding_mask=bool_padding(), attn_mask=causal(), need_weights=False)
     assert seen["mask"].shape == (1, 1, S, S) and seen["bias"].shape == (N, 1, 1, S)
     base = {t.untyped_storage().data_ptr() for t in (seen["q"], seen["k"], seen["v"])}
     assert len(base) == 1 and seen["q"].stride() == (S * 3 * E, E // H, 3 * E, 1)
     assert seen["o"].transpose(1, 2).is_contiguous(), "the heads could not be joined without a copy"
     module(x, x, x, key_padding_mask=bool_padding(), need_weights=False)
     assert seen["mask"].shape == (N, 1, 1, S) and seen["bias"] is None
-    module(x, x, x, attn_mask=causal, need_weights=False, is_causal=True)
+    module(x, x, x, attn_mask=causal(), need_weights=False, is_causal=True)
     assert seen["mask"] is None and seen["causal"]
 
 
@@ -236,8 +273,13 @@ def test_what_attention_leaves_to_torch_says_why():
     module = nn.MultiheadAttention(E, H, batch_first=True).eval()
     x = torch.randn(N, L, E)
     nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
-    with torch.no_grad():
-        assert nn.MultiheadAttention(8, 2, batch_first=True).eval()(*[torch.nested.nested_tensor([torch.randn(3, 8)])] * 3)
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # a default device would close torch's nested path
+        assert (
+            nn.MultiheadAttention(E, 2, batch_first=True)
+            .to(DEVICE)
+            .eval()(nested, nested, nested)[0]
+            .is_nested
+        )
     cases = [
         ((nested, nested, nested), {}, "nested"),
         ((x, x, x), dict(is_causal=True), "is_causal"),
@@ -259,20 +301,24 @@ LAYER__generator = torch.Generator().manual_seed(0)  # these are drawn at import
 
 
 def floats(*shape):
-    return torch.randn(shape, generator=_generator)
+    return torch.randn(shape, generator=_generator).to(DEVICE)
 
 
 def bools(*shape):
     """About a third to be ignored, never the first key: every query has somewhere to look."""
-    return (torch.rand(shape, generator=_generator) < 0.3) & (torch.arange(shape[-1]) > 0)
+    return ((torch.rand(shape, generator=_generator) < 0.3) & (torch.arange(shape[-1]) > 0)).to(DEVICE)
+
+
+def causal():
+    return torch.ones(S, S, dtype=torch.bool, device=DEVICE).triu(1)
 
 
 LAYER_MASKS = {
     "none": {},
-    "causal": dict(src_mask=torch.ones(S, S, dtype=torch.bool).triu(1), is_causal=True),
-    "mask": dict(src_mask=torch.ones(S, S, dtype=torch.bool).triu(1)),
+    "causal": dict(src_mask=causal(), is_causal=True),
+    "mask": dict(src_mask=causal()),
     "padding": dict(src_key_padding_mask=bool_padding()),
-    "both": dict(src_mask=torch.ones(S, S, dtype=torch.bool).triu(1), src_key_padding_mask=bool_padding()),
+    "both": dict(src_mask=causal(), src_key_padding_mask=bool_padding()),
     "float": dict(src_mask=floats(N * H, S, S)),
 }
 
@@ -290,7 +336,15 @@ def test_encoder_layer(norm_first, masks, batch_first):
     assert ran == {"attention", "add_layer_norm"} | ({"layer_norm"} if norm_first else set())
 
 
-@pytest.mark.parametrize("options", [dict(activation="gelu"), dict(activation=torch.nn.functional.silu), dict(bias=False), dict(layer_norm_eps=1e-2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(activation="gelu"),
+        dict(activation=torch.nn.functional.silu),
+        dict(bias=False),
+        dict(layer_norm_eps=1e-2),
+    ],
+)
 def test_encoder_layer_options(options):
     ours, stock = pair("TransformerEncoderLayer", E, H, 16, dropout=0.0, batch_first=True, **options)
     agree(ours, stock, torch.randn(N, S, E))
@@ -303,7 +357,9 @@ def test_encoder_layer_does_not_take_torchs_inference_kernel():
     x, padding = torch.randn(N, S, E), bool_padding()
     before = backend.calls["attention", "torch"]
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, src_key_padding_mask=padding), stock(x, src_key_padding_mask=padding))
+        torch.testing.assert_close(
+            ours(x, src_key_padding_mask=padding), stock(x, src_key_padding_mask=padding)
+        )
     assert backend.calls["attention", "torch"] == before + 1
 
 
@@ -313,9 +369,11 @@ def test_encoder_of_our_layers():
     x, padding = torch.randn(N, S, E), bool_padding()
     keep = ~padding[..., None]
     for nested in (True, False):
-        encoders = [torch.nn.TransformerEncoder(m, 2, enable_nested_tensor=nested).eval() for m in (ours, stock)]
+        encoders = [
+            torch.nn.TransformerEncoder(m, 2, enable_nested_tensor=nested).eval() for m in (ours, stock)
+        ]
         before = torch_calls("TransformerEncoderLayer")
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():  # as above
             y, expected = (e(x, src_key_padding_mask=padding) for e in encoders)
         torch.testing.assert_close(y * keep, expected * keep)
         assert torch_calls("TransformerEncoderLayer") - before == (2 if nested else 0)
@@ -351,7 +409,7 @@ def test_compiles_to_one_graph(name):
 def test_autocast_gives_torchs_dtypes(name):
     ours, stock = pair(name, E, H, batch_first=True)
     x = torch.randn(N, L, E)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         outputs = [m.eval()(*([x] * 3 if name == "MultiheadAttention" else [x])) for m in (ours, stock)]
     torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
 
@@ -367,7 +425,9 @@ def test_through_triton(name):
         x = torch.randn(N, S, 16, dtype=dtype)
         with fastattn.use_backend("triton"):
             got = outputs_and_gradients(ours, (x,) * n, kwargs)
-        base, exact = (outputs_and_gradients(m, (x,) * n, kwargs) for m in (stock, copy.deepcopy(stock).double()))
+        base, exact = (
+            outputs_and_gradients(m, (x,) * n, kwargs) for m in (stock, copy.deepcopy(stock).double())
+        )
         rows = enumerate(zip(got, base, exact, strict=True))
         assert not [s for i, row in rows if (s := check.compare(f"{dtype} {i}", *row))]
 
@@ -399,7 +459,10 @@ def test_learned_positions():
 def test_embeddings():
     module = nn.Embeddings(20, E, 10, 2, padding_idx=0)
     names = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
-    assert list(module.state_dict()) == [f"{n}.weight" for n in names] + ["LayerNorm.weight", "LayerNorm.bias"]
+    assert list(module.state_dict()) == [f"{n}.weight" for n in names] + [
+        "LayerNorm.weight",
+        "LayerNorm.bias",
+    ]
     assert not module.word_embeddings.weight[0].any()
     ids, types = torch.randint(0, 20, (N, L)), torch.randint(0, 2, (N, L))
     parts = [getattr(module, n).weight for n in names]

@@ -8,11 +8,9 @@ Letters: B batch, T new positions, S cached positions, C width, H heads, D = C /
 """
 
 import math
-
 from dataclasses import dataclass
 
 import torch
-
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, linear
 
@@ -64,7 +62,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x_BTC, cache=None):
-        qkv_BT3HD = self.c_attn(x_BTC).unflatten(-1, (3, self.n_head, -1))
+        B, T, C = x_BTC.shape
+        qkv_BT3HD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head)
         q_BHTD, k_BHTD, v_BHTD = (t.transpose(1, 2) for t in qkv_BT3HD.unbind(2))
         if cache is None:
             p = self.dropout if self.training else 0.0
@@ -149,12 +148,15 @@ class GPT(nn.Module):
         """What the head reads, (B, T, C). With a cache the ids follow what it holds, and their keys and values join it."""
         T = input_ids.shape[1]
         if T > self.config.n_positions:
-            raise ValueError(f"GPT: {T} tokens, but n_positions is {self.config.n_positions}; shorten the input")
+            raise ValueError(
+                f"GPT: {T} tokens, but n_positions is {self.config.n_positions}; shorten the input"
+            )
         new_T = torch.arange(T, device=input_ids.device)
         position_ids = None if cache is None else cache.lens[:, None] + new_T
         p = self.config.dropout if self.training else 0.0
-        branch_BTC, x_BTC = None, F.embeddings(
-            input_ids, self.wte.weight, self.wpe.weight, position_ids=position_ids, dropout_p=p
+        branch_BTC, x_BTC = (
+            None,
+            F.embeddings(input_ids, self.wte.weight, self.wpe.weight, position_ids=position_ids, dropout_p=p),
         )
         for i, block in enumerate(self.h):
             branch_BTC, x_BTC = block(branch_BTC, x_BTC, None if cache is None else cache.layer(i))
