@@ -282,9 +282,11 @@ def wants_double_backward():
 
 
 def composite_backward(function, inputs, grads):
-    """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable; None where none is needed."""
+    """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable under create_graph; None where none is needed."""
     wanted = [i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
-    outputs = function(*inputs)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # a backward that is not itself differentiated runs without it
+        outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     result = [None] * len(inputs)
@@ -292,7 +294,7 @@ def composite_backward(function, inputs, grads):
         [o for o, _ in pairs],
         [inputs[i] for i in wanted],
         [g for _, g in pairs],
-        create_graph=True,
+        create_graph=create_graph,
         allow_unused=True,
     )
     for i, grad in zip(wanted, found, strict=True):
