@@ -13,6 +13,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
     import fastattn.interpreter  # noqa: F401
+    import launches
+    from launches import (  # noqa: F401
+        pytest_addoption,
+        pytest_sessionfinish,
+        pytest_terminal_summary,
+        pytest_testnodedown,
+    )
+
+    launches.start()
 
 
 @pytest.fixture
