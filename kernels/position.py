@@ -35,10 +35,10 @@ ADD_TILES = [
     (math.inf, dict(BLOCK_S=8, BLOCK_C=256, num_warps=4)),  # 768 is three whole tiles of 256
 ]
 ADD_BWD_TILES = [
-    (32, dict(BLOCK_S=32, BLOCK_C=32, num_warps=4)),
-    (64, dict(BLOCK_S=16, BLOCK_C=64, num_warps=4)),
-    (128, dict(BLOCK_S=8, BLOCK_C=128, num_warps=4)),
-    (math.inf, dict(BLOCK_S=4, BLOCK_C=256, num_warps=4)),
+    (32, dict(BLOCK_S=32, BLOCK_C=32, num_warps=2)),
+    (64, dict(BLOCK_S=16, BLOCK_C=64, num_warps=2)),
+    (128, dict(BLOCK_S=8, BLOCK_C=128, num_warps=2)),
+    (math.inf, dict(BLOCK_S=4, BLOCK_C=256, num_warps=2)),
 ]
 # With the norm a row is one tile.
 EMBED_TILES = [
@@ -49,7 +49,6 @@ EMBED_TILES = [
     (1024, dict(BLOCK_S=1, BLOCK_C=1024, num_warps=4)),
     (2048, dict(BLOCK_S=1, BLOCK_C=2048, num_warps=4)),
     (4096, dict(BLOCK_S=1, BLOCK_C=4096, num_warps=8)),
-    (8192, dict(BLOCK_S=1, BLOCK_C=8192, num_warps=16)),
 ]
 EMBED_BWD_TILES = [
     (64, dict(BLOCK_B=16, BLOCK_C=64, num_warps=4)),
@@ -58,8 +57,7 @@ EMBED_BWD_TILES = [
     (512, dict(BLOCK_B=2, BLOCK_C=512, num_warps=4)),
     (1024, dict(BLOCK_B=1, BLOCK_C=1024, num_warps=4)),
     (2048, dict(BLOCK_B=1, BLOCK_C=2048, num_warps=8)),
-    (4096, dict(BLOCK_B=1, BLOCK_C=4096, num_warps=16)),
-    (8192, dict(BLOCK_B=1, BLOCK_C=8192, num_warps=32)),
+    (4096, dict(BLOCK_B=1, BLOCK_C=4096, num_warps=8)),
 ]
 SEGMENT_TILES = [
     (64, dict(BLOCK_C=64, num_warps=1)),
@@ -582,6 +580,7 @@ def _segment_sums(dtable, dx, ids, seed=None, dropout_p=0.0, skip=-1):
         *row_dropout_scalars(dropout_p), CHUNK=CHUNK, **tile,
     )  # fmt: skip
     if chunks > 1:
+        tile["num_warps"] = 4  # 16 partial sums at once
         segment_join_kernel[((chunks - 1) * tiles,)](
             keys, partials, dtable, M, C, dtable.shape[0], skip, CHUNK=CHUNK, BLOCK_N=16, **tile
         )
