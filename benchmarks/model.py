@@ -97,7 +97,9 @@ def census(sass):
     loops = []
     for end, (op, operands) in enumerate(instructions):
         target = re.search(r"`\((\.L_\w+)\)", operands)
-        if op.startswith("BRA") and target and labels.get(target[1], end + 1) < end:  # a jump to itself ends a kernel
+        if (
+            op.startswith("BRA") and target and labels.get(target[1], end + 1) < end
+        ):  # a jump to itself ends a kernel
             loops.append((labels[target[1]], end + 1))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     counted = [count(instructions[start:end]) for start, end in inner]

@@ -31,7 +31,6 @@ import types
 import warnings
 
 import torch
-
 from torch._subclasses import FakeTensorMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -45,6 +44,7 @@ BUDGETS = ROOT / "tests" / "data" / "resources.json"
 SECOND_TRITON = ROOT / ".triton-3.6"
 TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
+
 
 def targets():
     from triton.backends.compiler import GPUTarget
@@ -122,7 +122,9 @@ def collect(calls, target_name, processors, shipped=False):
         )
 
     JITFunction.run, JITFunction._do_compile = noted_run, noted_compile
-    device = torch.device("cuda", list(targets()).index(target_name))  # launchers may remember a device's tables
+    device = torch.device(
+        "cuda", list(targets()).index(target_name)
+    )  # launchers may remember a device's tables
     made = []
     try:
         with (
@@ -196,9 +198,7 @@ def unique(specs):
     """One spec for each thing that Triton would compile."""
     seen = {}
     for s in specs:
-        seen.setdefault(
-            (s.target, s.key, s.alignment, str(s.signature), str(s.constexprs), str(s.attrs)), s
-        )
+        seen.setdefault((s.target, s.key, s.alignment, str(s.signature), str(s.constexprs), str(s.attrs)), s)
     return list(seen.values())
 
 
@@ -209,9 +209,15 @@ def plan(everything, target_names):
     for target in target_names:
         made = collect([entry["call"] for entry in listed], target, processors=8)
         if target == "sm_90":
-            stale = [entry["call"][0] for entry, (keys, _) in zip(listed, made, strict=True) if entry["keys"] != keys]
+            stale = [
+                entry["call"][0]
+                for entry, (keys, _) in zip(listed, made, strict=True)
+                if entry["keys"] != keys
+            ]
         made = unique(aligned(s, True) for _, specs in made for s in specs)
-        big = [s for _, specs in collect(shipped_calls(), target, processors=132, shipped=True) for s in specs]
+        big = [
+            s for _, specs in collect(shipped_calls(), target, processors=132, shipped=True) for s in specs
+        ]
         total += len(made) + len(big)
         if everything:
             picked = [*made, *(aligned(s, False) for s in made)]
@@ -230,7 +236,6 @@ def shipped_calls():
 
 def compile_one(spec):
     import triton
-
     from triton.compiler import ASTSource
 
     started = time.perf_counter()
@@ -279,7 +284,9 @@ def tool(name, option, kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        return subprocess.run([tools / name, option, f.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tools / name, option, f.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def remarks(kernel):
@@ -306,7 +313,9 @@ def run_plan(specs, processes=2):
     """Costs of specs, compiled in `processes` processes, the heavy kernels first."""
     global _specs
     _specs = sorted(specs, key=lambda s: "bwd" not in s.key)
-    with multiprocessing.get_context("fork").Pool(processes) as pool:  # kernels cannot be pickled; a fork has them
+    with multiprocessing.get_context("fork").Pool(
+        processes
+    ) as pool:  # kernels cannot be pickled; a fork has them
         return list(pool.imap_unordered(compile_nth, range(len(specs)), chunksize=1))
 
 
@@ -333,7 +342,11 @@ def report(everything=False, target_names=TARGETS, only_shipped=False):
 
 def cached_report(*arguments, second_triton=None):
     """The report of `python tests/aot.py *arguments`, made once for these kernels however many test processes ask."""
-    sources = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "tests" / f for f in ("aot.py", "launches.py")), launches.LIST]
+    sources = [
+        *(ROOT / "kernels").glob("*.py"),
+        *(ROOT / "tests" / f for f in ("aot.py", "launches.py")),
+        launches.LIST,
+    ]
     words = [second_triton or importlib.metadata.version("triton"), *arguments]
     digest = hashlib.sha256(repr(words).encode())
     for path in sorted(sources):
@@ -377,7 +390,9 @@ def update_budgets():
     for made in reports:
         tables[made["triton"]] = budgets_of(made)
         errors = [cost for cost in made["costs"] if "error" in cost]
-        print(f"triton {made['triton']}: {len(made['costs'])} kernels, {len(errors)} do not compile, {made['seconds']} s")
+        print(
+            f"triton {made['triton']}: {len(made['costs'])} kernels, {len(errors)} do not compile, {made['seconds']} s"
+        )
     lines = []
     for version, targets_ in sorted(tables.items()):
         rows = [

@@ -12,7 +12,6 @@ import pytest
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
-    import fastattn.interpreter  # noqa: F401
     import launches
     from launches import (  # noqa: F401
         pytest_addoption,
@@ -20,6 +19,8 @@ if DEVICE == "cpu":
         pytest_terminal_summary,
         pytest_testnodedown,
     )
+
+    import fastattn.interpreter  # noqa: F401
 
     launches.start()
 

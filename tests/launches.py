@@ -166,9 +166,7 @@ def missing():
     listed = {key for entry in listed_calls() for key in entry["keys"]}
     bases = {base(key) for key in listed}
     made = {key for keys in launched.values() for key in keys}
-    return sorted(
-        key for key in made if (base(key) not in bases if key in given_tile else key not in listed)
-    )
+    return sorted(key for key in made if (base(key) not in bases if key in given_tile else key not in listed))
 
 
 def listed_calls():

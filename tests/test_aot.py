@@ -8,9 +8,8 @@ tiles at sizes that people run. That is not every listed specialisation: `python
 
 import json
 
-import pytest
-
 import aot
+import pytest
 
 pytest.importorskip("triton")
 
@@ -62,7 +61,9 @@ def test_nothing_spills_on_hopper(report):
 
 def test_shared_memory_fits(report):
     fat = [c for c in report["costs"] if c.get("shared", 0) > aot.SHARED_LIMIT[c["target"]]]
-    assert not fat, sentences(fat, lambda c: f"{c['shared']} bytes, {aot.SHARED_LIMIT[c['target']]} there are")
+    assert not fat, sentences(
+        fat, lambda c: f"{c['shared']} bytes, {aot.SHARED_LIMIT[c['target']]} there are"
+    )
 
 
 def test_within_budgets(report):

@@ -4,7 +4,6 @@ import threading
 
 import pytest
 import torch
-
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -118,9 +117,7 @@ class Seen(TorchDispatchMode):
 
 
 def registered():
-    return {
-        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")
-    }
+    return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")}
 
 
 def test_public_functions_are_all_here():
@@ -258,7 +255,6 @@ def on_second_gpu(value):
 
 def test_a_dtensor_is_refused_with_a_sentence(tmp_path):
     import torch.distributed as dist
-
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 

@@ -139,7 +139,9 @@ def _check_ids(name, what, ids, shape, other, rows):
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= rows:
-        raise IndexError(f"{name}: {what} has values from {low} to {high}; its table has rows 0 .. {rows - 1}")
+        raise IndexError(
+            f"{name}: {what} has values from {low} to {high}; its table has rows 0 .. {rows - 1}"
+        )
 
 
 def _readable(ids):
@@ -175,7 +177,9 @@ def _sinusoidal(positions, C):
 def _stock_add(x, table, position_ids, offset, scale):
     S, C = x.shape[-2:]
     if table is None:
-        positions = torch.arange(offset, offset + S, device=x.device) if position_ids is None else position_ids
+        positions = (
+            torch.arange(offset, offset + S, device=x.device) if position_ids is None else position_ids
+        )
         e = _sinusoidal(positions, C).to(x.dtype)
     else:
         e = table[offset : offset + S] if position_ids is None else F.embedding(position_ids, table)
@@ -190,7 +194,9 @@ def _stock_embeddings(
         y = y + (type_table[0] if type_ids is None else F.embedding(type_ids, type_table))
     if position_table is not None:
         rows = (
-            position_table[: y.shape[-2]] if position_ids is None else F.embedding(position_ids, position_table)
+            position_table[: y.shape[-2]]
+            if position_ids is None
+            else F.embedding(position_ids, position_table)
         )
         y = y + rows
     if norm_weight is not None:
@@ -271,9 +277,7 @@ class _Embeddings(torch.autograd.Function):
         return *(None,) * 3, *(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 5
 
 
-def _fake_add_bwd(
-    dy, table, position_ids, seed, offset, scale, dropout_p, x_grad, table_grad, backend
-):
+def _fake_add_bwd(dy, table, position_ids, seed, offset, scale, dropout_p, x_grad, table_grad, backend):
     return (
         dy.new_empty(dy.shape if x_grad else (0,)),
         table.new_empty(table.shape) if table_grad else dy.new_empty(0),
