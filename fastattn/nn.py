@@ -238,11 +238,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 def _add_norm(x, residual, dropout, norm, prenorm=False):
     """norm(residual + dropout(x)), and the sum itself with prenorm; fused where both modules are what their types say."""
-    if (
-        type(dropout) is nn.Dropout
-        and type(norm) is LayerNorm
-        and not (_has_hooks(dropout) or _has_hooks(norm))
-    ):
+    plain = (
+        type(dropout) is nn.Dropout and type(norm) is LayerNorm and not any(map(_has_hooks, (dropout, norm)))
+    )
+    # Autocast leaves x narrower than the residual. On a GPU it makes the norm fp32 again; on a CPU the sum's dtype decides.
+    if plain and (x.dtype == residual.dtype or not x.is_cpu):
         p = dropout.p if dropout.training else 0.0
         affine = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return functional.add_layer_norm(x, residual, *affine, dropout_p=p, prenorm=prenorm)
