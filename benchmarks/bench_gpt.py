@@ -22,7 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn import backend, check
-from fastattn.models.gpt import SIZES, GPT, GPTConfig
+from fastattn.models.gpt import GPT, SIZES, GPTConfig
 
 PEAK_TFLOPS = {
     (8, 0): 312.0,

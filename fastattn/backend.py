@@ -175,15 +175,20 @@ def verdict_key(device):
     return f"{torch.cuda.get_device_name(device)}, fastattn {__version__}, torch {torch.__version__}, triton {triton}"
 
 
-@functools.cache
 def triton_found():
-    return importlib.util.find_spec("triton") is not None
+    return _find_triton()
 
 
-@functools.cache
 def interpreting():
     """Whether triton runs as its interpreter; fixed once triton is imported."""
-    return importlib.import_module("triton").knobs.runtime.interpret
+    return _ask_triton()
+
+
+_find_triton = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
+_ask_triton = functools.cache(lambda: importlib.import_module("triton").knobs.runtime.interpret)
+for _constant in (triton_found, interpreting):
+    # Dynamo calls these and keeps the answer; torch.compiler.assume_constant_result, which says so, imports all of Dynamo
+    _constant._dynamo_marked_constant = True
 
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,6 +1,6 @@
 """The ways to install: sdist, wheel from the sdist, editable, isolated; with and without nvcc; beside PyPI's `kernels`."""
 
-import importlib.util
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -26,7 +26,9 @@ JUNK = shutil.ignore_patterns(
     "__pycache__",
     ".*_cache",
 )
-missing = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
+# Not find_spec: looking for pip as a module makes setuptools' import hook step back from distutils for good.
+installed = {dist.name.lower() for dist in importlib.metadata.distributions()}
+missing = sorted({"pip", "setuptools"} - installed)
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"the Python that runs the tests has no {', '.join(missing)}"
 )
