@@ -184,11 +184,13 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         ids = new = input_ids
-        for _ in range(max_new_tokens):
-            logits_BV = linear(self.hidden(new, cache)[:, -1], weight)
-            new = sample(logits_BV, temperature, top_k, generator)
-            ids = torch.cat([ids, new], dim=1)
-        self.train(was_training)
+        try:
+            for _ in range(max_new_tokens):
+                logits_BV = linear(self.hidden(new, cache)[:, -1], weight)
+                new = sample(logits_BV, temperature, top_k, generator)
+                ids = torch.cat([ids, new], dim=1)
+        finally:
+            self.train(was_training)
         return ids
 
 
