@@ -141,7 +141,7 @@ def _four_dims(t, batch, heads):
 def _autocast(q, k, v, bias, mask):
     """Under autocast torch's function runs in the autocast dtype; so do we."""
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch raises on "meta"
         dtype = torch.get_autocast_dtype(device)
         cast = lambda t: t.to(dtype) if t is not None and t.dtype in backend.TRITON_DTYPES else t  # noqa: E731
         return *map(cast, (q, k, v, bias)), mask
@@ -399,7 +399,7 @@ def _torch_attention(q, k, v, extras, options, return_lse, return_weights):
         if lengths:  # stock attention multiplies padding by zero, and NaN times zero is NaN
             k, v = k.masked_fill(past_k, 0.0), v.masked_fill(past_k, 0.0)
         is_causal = False
-    gqa = q.shape[1] != k.shape[1]
+    gqa = bool(q.shape[1] != k.shape[1])  # a tensor under torch.jit.trace
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask, named["dropout_p"], is_causal, scale=named["scale"], enable_gqa=gqa
     )
