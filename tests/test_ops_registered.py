@@ -69,6 +69,10 @@ CASES = {
         lambda q, k, v: f.attention(q, k, v, return_weights=True)[1],
         lambda S: tuple(t.detach() for t in qkv(S)),
     ),
+    "attention, one tensor three times": (
+        lambda x: f.attention(x, x, x),
+        lambda S: (floats(1, 2, S, 16),),
+    ),
     "attention_varlen": (
         lambda q, k, v, cu: f.attention_varlen(q, k, v, cu, cu, q.shape[0], q.shape[0], causal=True),
         packed,
