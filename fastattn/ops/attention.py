@@ -293,6 +293,8 @@ def _launch(chosen, q, k, v, extras, options, return_weights):
     seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if options[6] > 0 else None
     operands = (q, k, v, bias, mask, alibi_slopes, sinks, *lengths, seed)
     if backend.needs_grad(q, k, v, bias, sinks):
+        if torch.compiler.is_compiling():
+            operands = backend.distinct(*operands)
         return _Attention.apply(*operands, options, chosen, return_weights)
     return _forward(*operands, options, chosen, return_weights)
 
