@@ -54,7 +54,7 @@ TILES = {
         (256, dict(MAX_M=32, BLOCK_N=32, num_warps=4, num_stages=3)),
     ],
     (90, 32): [
-        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=3)),
+        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=2)),
         (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=3)),
         (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=3)),
     ],
@@ -64,7 +64,7 @@ TILES = {
         (256, dict(MAX_M=32, BLOCK_N=32, num_warps=4, num_stages=3)),
     ],
     (100, 32): [
-        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=3)),
+        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=2)),
         (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=3)),
         (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=3)),
     ],
