@@ -131,7 +131,9 @@ def attention_decode_append_kernel(
         mask_t &= (page >= 0) & (page < num_pages)
         rows = page * stride_cache_page + at % PAGE_SIZE * stride_cache_n
 
-    new_ptrs = new_ptr + b * stride_new_b + h * stride_new_h + offs_t[:, None] * stride_new_t + offs_d[None, :]
+    new_ptrs = (
+        new_ptr + b * stride_new_b + h * stride_new_h + offs_t[:, None] * stride_new_t + offs_d[None, :]
+    )
     mask = mask_t[:, None] & (offs_d < D)[None, :]
     new = tl.load(new_ptrs, mask=mask)
 
@@ -238,7 +240,9 @@ def attention_decode_fwd_kernel(
         m_safe = tl.where(m_all == float("-inf"), 0.0, m_all)
         w = tl.exp2(m - m_safe)
         total = z * w + tl.exp2(sink - m_safe)
-        total = tl.where(total == 0.0, 1.0, total)  # no key and no sink: 0 / 1, and log2(1) beside an m of -inf
+        total = tl.where(
+            total == 0.0, 1.0, total
+        )  # no key and no sink: 0 / 1, and log2(1) beside an m of -inf
         o = acc * (w / total)[:, None]
         tl.store(lse_ptr + row, (m_all + tl.log2(total)) * LN2, mask=mask_m)
         tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=mask_o)
@@ -330,11 +334,17 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
         rows = H // H_kv * S_q
         BLOCK_M = max(16, min(tile.pop("MAX_M"), triton.next_power_of_2(rows)))
         programs = B * H_kv * triton.cdiv(rows, BLOCK_M)
-        num_splits = num_splits or choose_splits(programs, triton.cdiv(capacity, tile["BLOCK_N"]), processors(q.device))
+        num_splits = num_splits or choose_splits(
+            programs, triton.cdiv(capacity, tile["BLOCK_N"]), processors(q.device)
+        )
         split = num_splits > 1
         # A share's O goes beside the other shares of its row, which is how the combine kernel reads them.
         part = torch.empty(B, H, S_q, num_splits, D_v, dtype=torch.float32, device=q.device) if split else o
-        m, z = (torch.empty(2, B, H, S_q, num_splits, dtype=torch.float32, device=q.device) if split else (lse, lse))
+        m, z = (
+            torch.empty(2, B, H, S_q, num_splits, dtype=torch.float32, device=q.device)
+            if split
+            else (lse, lse)
+        )
         slopes_strides = (0, 0) if alibi_slopes is None else (0, *alibi_slopes.stride())[-2:]
         stride_sinks_h = 0 if sinks is None else sinks.stride(0)
         attention_decode_fwd_kernel[(programs * num_splits,)](

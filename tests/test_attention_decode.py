@@ -16,7 +16,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENS = (0, 131, 395)  # nothing cached, one key past a tile, several tiles and a ragged one
 
 
-def inputs(device, dtype=torch.float32, H=4, H_kv=2, S_q=1, D=64, D_v=None, S=400, page_size=0, S_new=None, lens=LENS, std=1.0):
+def inputs(
+    device,
+    dtype=torch.float32,
+    H=4,
+    H_kv=2,
+    S_q=1,
+    D=64,
+    D_v=None,
+    S=400,
+    page_size=0,
+    S_new=None,
+    lens=LENS,
+    std=1.0,
+):
     """q, k_cache, v_cache, cache_lens and the keyword tensors of a call; page_size 0 means a contiguous cache."""
     B, D_v, S_new = len(lens), D_v or D, S_q if S_new is None else S_new
     draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)  # noqa: E731
@@ -95,7 +108,9 @@ def test_stock_torch(case, device):
     given |= extras(device, **options)
     with backend.use_backend("torch"):
         assert check(ours, exact, tensors, options=given) == []
-        o = attention_decode(*(t.clone() for t in tensors), **given)  # no lse wanted: torch's own SDPA may serve
+        o = attention_decode(
+            *(t.clone() for t in tensors), **given
+        )  # no lse wanted: torch's own SDPA may serve
         torch.testing.assert_close(o, exact(*tensors, **given)[0])
 
 
@@ -122,7 +137,9 @@ def test_nothing_cached(name, num_splits, sinks, device):
 
 @pytest.mark.parametrize("page_size", [16, 128, 256])
 def test_pages_equal_contiguous(page_size, device):
-    (q, k, v, lens), given = inputs(device, torch.bfloat16, S_q=2, page_size=page_size, S=512, lens=(3, 131, 509))
+    (q, k, v, lens), given = inputs(
+        device, torch.bfloat16, S_q=2, page_size=page_size, S=512, lens=(3, 131, 509)
+    )
     table = given.pop("block_table")
     contiguous = [c[table.long()].flatten(1, 2).transpose(1, 2).contiguous() for c in (k, v)]
     with backend.use_backend("triton"):
@@ -135,7 +152,9 @@ def test_pages_equal_contiguous(page_size, device):
 @pytest.mark.parametrize("name", ["triton", "torch"])
 @pytest.mark.parametrize("page_size", [0, 8, 64])
 def test_append_writes_the_new_rows_and_nothing_else(page_size, name, device):
-    (q, k, v, lens), given = inputs(device, torch.float16, D=40, D_v=24, page_size=page_size, S_new=21, lens=(0, 5, 130), S=160)
+    (q, k, v, lens), given = inputs(
+        device, torch.float16, D=40, D_v=24, page_size=page_size, S_new=21, lens=(0, 5, 130), S=160
+    )
     expected_k, expected_v, before = k.clone(), v.clone(), lens.clone()
     reference.attention_decode(q, expected_k, expected_v, lens, **given)
     versions = k._version, v._version
@@ -158,7 +177,9 @@ def test_nothing_past_the_length_leaks(page_size, name, device):
         dirty[table.long()] = ~held.view(len(lens), -1, page_size)
         k[dirty], v[dirty] = math.nan, math.nan
         unused = torch.arange(table.shape[1], device=device) * page_size >= lens[:, None] + 2
-        table[unused] = torch.tensor([-1, 10**9], dtype=torch.int32, device=device).repeat(table.numel())[: unused.sum()]
+        table[unused] = torch.tensor([-1, 10**9], dtype=torch.int32, device=device).repeat(table.numel())[
+            : unused.sum()
+        ]
     else:
         k.transpose(1, 2)[~held], v.transpose(1, 2)[~held] = math.nan, math.nan
     with backend.use_backend(name):
@@ -198,14 +219,21 @@ def test_strides(name, device):
         expected = ours(q, k, v, lens, num_splits=2, **given)
         for caches in ((both[..., :40].transpose(1, 2), both[..., 40:].transpose(1, 2)), (odd, v)):
             got = attention_decode(strided_q, *caches, lens.long(), num_splits=2, return_lse=True, **strided)
-            assert all(map(torch.equal, got, expected)) if name == "triton" else torch.allclose(got[0], expected[0])
+            assert (
+                all(map(torch.equal, got, expected))
+                if name == "triton"
+                else torch.allclose(got[0], expected[0])
+            )
     assert name == "torch" or got[0].transpose(1, 2).reshape(3, 2, 160).data_ptr() == got[0].data_ptr()
 
 
 def test_a_cache_with_strided_rows_is_not_copied(device):
     (q, k, v, lens), _ = inputs(device, S_new=0, lens=(0, 100, 300))
     backwards = k.mT.contiguous().mT
-    with backend.use_backend("triton"), pytest.raises(NotImplementedError, match="k_cache's last dim has stride 400"):
+    with (
+        backend.use_backend("triton"),
+        pytest.raises(NotImplementedError, match="k_cache's last dim has stride 400"),
+    ):
         attention_decode(q, backwards, v, lens)
     with backend.use_backend("torch"):
         torch.testing.assert_close(attention_decode(q, backwards, v, lens), attention_decode(q, k, v, lens))
@@ -214,7 +242,12 @@ def test_a_cache_with_strided_rows_is_not_copied(device):
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_empty(name, device):
     with backend.use_backend(name):
-        for empty in (dict(lens=()), dict(S_q=0, S_new=2), dict(S=0, S_new=0, lens=(0, 0)), dict(H=0, H_kv=0)):
+        for empty in (
+            dict(lens=()),
+            dict(S_q=0, S_new=2),
+            dict(S=0, S_new=0, lens=(0, 0)),
+            dict(H=0, H_kv=0),
+        ):
             tensors, given = inputs(device, **empty)
             o, lse = ours(*tensors, **given)
             assert o.shape == tensors[0].shape and lse.shape == o.shape[:3] and not o.any()
@@ -361,7 +394,9 @@ def test_graph_follows_the_lengths(device):
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_caches(dtype, D, page_size, device):
-    tensors, given = inputs(device, dtype, H=16, D=D, S_q=2, S=20480, page_size=page_size, lens=(0, 4097, 20001, 20478))
+    tensors, given = inputs(
+        device, dtype, H=16, D=D, S_q=2, S=20480, page_size=page_size, lens=(0, 4097, 20001, 20478)
+    )
     with backend.use_backend("triton"):
         assert check(ours, exact, tensors, options=given) == []
         first = ours(*tensors, **given)

@@ -60,9 +60,7 @@ def _check(q, k_cache, v_cache, cache_lens, block_table, k_new, v_new):
     if not q.is_floating_point():
         raise TypeError(f"attention_decode: q is {q.dtype}, needs a floating dtype")
     layout = (
-        "(pages, page_size, H_kv, D) with a block_table"
-        if paged
-        else "(B, H_kv, S, D) without a block_table"
+        "(pages, page_size, H_kv, D) with a block_table" if paged else "(B, H_kv, S, D) without a block_table"
     )
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
@@ -127,7 +125,20 @@ def _check_pages(block_table, k_cache, lens):
         )
 
 
-def _launch(chosen, q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks, options, num_splits):
+def _launch(
+    chosen,
+    q,
+    k_cache,
+    v_cache,
+    cache_lens,
+    block_table,
+    k_new,
+    v_new,
+    alibi_slopes,
+    sinks,
+    options,
+    num_splits,
+):
     # the kernels read rows of unit stride; a few new rows with another innermost stride are copied, a cache is not
     q, k_new, v_new = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k_new, v_new))
     cache_lens = cache_lens.contiguous()
