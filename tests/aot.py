@@ -89,7 +89,11 @@ def pretended_gpu(target, processors):
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
     }
-    before = {name: getattr(torch.cuda, name) for name in replaced}, torch.version.hip, torch.Tensor.__getitem__
+    before = (
+        {name: getattr(torch.cuda, name) for name in replaced},
+        torch.version.hip,
+        torch.Tensor.__getitem__,
+    )
     try:
         torch.Tensor.__getitem__ = basic_index
         for name, function in replaced.items():
@@ -267,7 +271,9 @@ def shipped_calls():
         x, w, stat = tensor("b", 8192, N), tensor("f", N), tensor("f", 8192)
         calls.append(["layer_norm.layer_norm_fwd", x, w, w, 1e-5, False, {"dtype": "b"}])
         calls.append(["layer_norm.layer_norm_bwd", x, x, w, stat, stat, True, True, False])
-        calls.append(["layer_norm.add_layer_norm_fwd", x, x, w, w, None, 1e-5, 0.0, False, True, {"dtype": "b"}])
+        calls.append(
+            ["layer_norm.add_layer_norm_fwd", x, x, w, w, None, 1e-5, 0.0, False, True, {"dtype": "b"}]
+        )
     for N in widths(softmax.FORWARD, softmax.BACKWARD):
         x = tensor("b", 8192, N)
         calls.append(["softmax.softmax_fwd", x, -1, False, {"dtype": "b"}])

@@ -5,6 +5,7 @@ launch has them. They say what a kernel must at least cost; what it does cost on
 """
 
 import json
+import math
 import timeit
 
 import pytest
@@ -29,7 +30,11 @@ def census():
 
 @pytest.fixture(scope="module")
 def shipped():
-    return [c for c in aot.cached_report()["costs"] if c["shipped"] and c["target"] == "sm_90" and "error" not in c]
+    return [
+        c
+        for c in aot.cached_report()["costs"]
+        if c["shipped"] and c["target"] == "sm_90" and "error" not in c
+    ]
 
 
 # The shares that the project's notes on Hopper derive by hand, for tiles of CUDA kernels.
@@ -76,7 +81,9 @@ def test_attention_forward_uses_hopper_tensor_cores(census, D):
         assert row.get("hgmma"), f"{key}: no HGMMA in the hot loop"
         # Two products with the softmax of one between them: a wait each, and one for the copies.
         assert row["waits"] <= 3, f"{key}: {row['waits']} waits a turn, so the products run one after another"
-        assert row["tensor share"] >= 0.9, f"{key}: {row['bound']} bounds it at {row['tensor share']} of the tensor unit"
+        assert row["tensor share"] >= 0.9, (
+            f"{key}: {row['bound']} bounds it at {row['tensor share']} of the tensor unit"
+        )
 
 
 def test_ptxas_does_not_serialise_wgmma(shipped):
@@ -90,7 +97,9 @@ def test_hot_loops_do_not_touch_local_memory(shipped):
         assert not local, f"{c['key']}: {local}"
 
 
-@pytest.mark.parametrize("kernel", ["softmax_fwd", "softmax_bwd", "layer_norm_fwd", "add_positional_encoding"])
+@pytest.mark.parametrize(
+    "kernel", ["softmax_fwd", "softmax_bwd", "layer_norm_fwd", "add_positional_encoding"]
+)
 def test_rows_move_in_16_byte_accesses(census, kernel):
     rows = {key: row for key, row in census.items() if key.startswith(kernel)}
     assert rows
@@ -118,11 +127,15 @@ def test_host_time_of_a_call(monkeypatch, record_property):
         "forward and backward": lambda f: lambda: torch.autograd.grad(f(x_grad, (4,), w, w), x_grad, dy),
     }
     torch.use_deterministic_algorithms(False)  # its filling of fresh memory would be timed too
-    for (way, make), limit in zip(ways.items(), (6, 9, 9), strict=True):
+    for (way, make), limit in zip(ways.items(), (6, 12, 6), strict=True):
         with backend.use_backend("triton"):
-            ours, torchs = (
-                min(timeit.repeat(make(f), number=300, repeat=9)) for f in (functional.layer_norm, F.layer_norm)
-            )
-        print(f"layer_norm, {way}: {ours / 300 * 1e6:.1f} us, {ours / torchs:.1f} times torch's")
+            best = {}
+            for f in (
+                functional.layer_norm,
+                F.layer_norm,
+            ) * 20:  # in turns, so that a busy machine meets both
+                best[f] = min(best.get(f, math.inf), timeit.timeit(make(f), number=60))
+        ours, torchs = best.values()
+        print(f"layer_norm, {way}: {ours / 60 * 1e6:.1f} us, {ours / torchs:.1f} times torch's")
         record_property(way, round(ours / torchs, 2))
         assert ours < limit * torchs, f"{way}: {ours / torchs:.1f} times torch's own, more than {limit}"
