@@ -37,9 +37,9 @@ from torch._subclasses import FakeTensorMode
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "tests")) if p not in sys.path]
 
-import launches
+import launches  # noqa: E402
 
-from fastattn.benchmarks import model
+from fastattn.benchmarks import model  # noqa: E402
 
 BUDGETS = ROOT / "tests" / "data" / "resources.json"
 CENSUS = ROOT / "tests" / "data" / "census.json"

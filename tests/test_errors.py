@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastattn import backend, functional as f
+from fastattn import backend
+from fastattn import functional as f
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a CPU shows it; where values lie on a GPU they are not read"

@@ -8,11 +8,10 @@ import json
 import math
 import timeit
 
+import aot
 import pytest
 import torch
 import torch.nn.functional as F
-
-import aot
 
 from fastattn import backend, functional
 from fastattn.benchmarks import model
