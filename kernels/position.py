@@ -171,7 +171,7 @@ def add_positional_encoding_bwd_kernel(
     scale = tl.cast(scale, tl.float32)
 
     acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for b in range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B)):
+    for b in tl.range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B), num_stages=3):
         dy = tl.load(dy_ptr + b * stride_dy_b + offs_dy, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             dy = row_dropout(dy, seed_ptr, b * S + s, col0, threshold, rescale)
@@ -273,7 +273,7 @@ def embeddings_bwd_kernel(
     db = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for s in range(s_first, tl.minimum(s_first + seq_step, S)):
         acc = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-        for b0 in range(b_first, b_end, BLOCK_B):
+        for b0 in tl.range(b_first, b_end, BLOCK_B, num_stages=3):
             b = b0 + tl.arange(0, BLOCK_B)
             rows = b * S + s
             mask = (b < b_end)[:, None] & mask_c[None, :]
@@ -349,7 +349,7 @@ def segment_sum_kernel(
     j_end = tl.minimum(j_first + CHUNK, M)
 
     acc = tl.zeros((1, BLOCK_C), tl.float32)
-    for j in range(j_first, j_end):
+    for j in tl.range(j_first, j_end, num_stages=3):
         v = clamped(tl.load(sorted_ptr + j), V)
         after = tl.load(sorted_ptr + j + 1, mask=j + 1 < M, other=-1)
         after = tl.where(j + 1 < M, clamped(after, V), -1)
