@@ -27,6 +27,11 @@ def bench(tmp_path, *args):
     return CliRunner().invoke(cli.app, ["bench", "--device", "cpu", "--quick", "--out", str(tmp_path), *args])
 
 
+def written(folder):
+    with open(folder / "results.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def a_case():
     return bench_layer_norm.layer_norm(16, 64, torch.float32)
 
@@ -36,7 +41,7 @@ def test_bench_writes_table_csv_json_and_plot(tmp_path):
     assert done.exit_code == 0, done.output
     assert "layer_norm" in done.output and "torch against torch" in done.output
     assert "× eager" not in done.output  # no speed-up column on a CPU
-    rows = list(csv.DictReader(open(tmp_path / "results.csv")))
+    rows = written(tmp_path)
     assert {row["provider"] for row in rows} == {"eager", "fastattn"}
     assert {row["pass"] for row in rows} == {"forward", "backward"}
     assert all(float(row["median_us"]) > 0 and row["speedup"] == "" for row in rows)
@@ -54,7 +59,7 @@ def test_a_wrong_result_has_no_time_and_fails_the_run(tmp_path, monkeypatch):
     done = bench(tmp_path, "--op", "layer_norm")
     assert done.exit_code == 1
     assert "2 x torch's own" in done.output.replace("\n", " ") and "failed" in done.output
-    for row in csv.DictReader(open(tmp_path / "results.csv")):
+    for row in written(tmp_path):
         assert bool(row["median_us"]) == (row["provider"] == "eager")
 
 

@@ -11,7 +11,9 @@ import torch
 from fastattn import backend, functional
 
 triton_interpreter = pytest.importorskip("triton.runtime.interpreter")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator is asked by the benchmark")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU's allocator is asked by the benchmark"
+)
 
 B, H, D = 1, 2, 8  # small, so that even in fp32 q, k, v and o stay below one byte an element of S * S
 
@@ -25,7 +27,9 @@ def _kernels_do_nothing(monkeypatch):
 def allocations(function):
     """(bytes of each allocation, the peak of what was live above the start)."""
     function()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         kept = function()
     del kept
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -54,7 +58,9 @@ def attention_step(S, dtype=torch.float16, bias_shape=None, bias_grad=False, mas
 
 CASES = {
     "causal": lambda S: attention_step(S, causal=True),
-    "mask and bias (1, 1, S, S)": lambda S: attention_step(S, bias_shape=(1, 1, S, S), mask_shape=(1, 1, S, S)),
+    "mask and bias (1, 1, S, S)": lambda S: attention_step(
+        S, bias_shape=(1, 1, S, S), mask_shape=(1, 1, S, S)
+    ),
     "mask (1, 1, 1, S), bias (1, H, 1, S) with gradient": lambda S: attention_step(
         S, bias_shape=(1, H, 1, S), bias_grad=True, mask_shape=(1, 1, 1, S)
     ),
@@ -68,7 +74,9 @@ CASES = {
 def test_nothing_of_the_size_of_the_scores_is_allocated(name, S):
     sizes, _ = allocations(CASES[name](S))
     assert sizes, "the profiler recorded no allocation"
-    assert max(sizes) < S * S, f"{max(sizes)} bytes at once, S * S is {S * S}"  # one byte an element would be too much
+    assert max(sizes) < S * S, (
+        f"{max(sizes)} bytes at once, S * S is {S * S}"
+    )  # one byte an element would be too much
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,7 +113,9 @@ def test_attention_keeps_its_inputs_the_output_lse_and_the_seed():
     inputs = sum(t.untyped_storage().nbytes() for t in (q, k, v, bias, mask))
     output, lse, seed = q.numel() * 4, B * H * S * 4, 16
     assert saved(lambda: functional.attention(q, k, v, bias=bias, mask=mask)) <= inputs + output + lse
-    assert saved(lambda: functional.attention(q, k, v, dropout_p=0.1)) <= 3 * q.numel() * 4 + output + lse + seed
+    assert (
+        saved(lambda: functional.attention(q, k, v, dropout_p=0.1)) <= 3 * q.numel() * 4 + output + lse + seed
+    )
 
 
 def test_row_ops_keep_what_is_promised():
