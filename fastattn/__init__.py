@@ -2,6 +2,7 @@
 
 from fastattn import functional, nn
 from fastattn.backend import explain, use_backend
+from fastattn.cuda import warmup
 
 __version__ = "0.1.0"
-__all__ = ["explain", "functional", "nn", "use_backend"]
+__all__ = ["explain", "functional", "nn", "use_backend", "warmup"]

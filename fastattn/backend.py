@@ -277,6 +277,14 @@ def readable(t):
     return (t.is_cpu or debug) and type(t) is torch.Tensor and not torch.compiler.is_compiling()
 
 
+def distinct(*tensors):
+    """The tensors, a repeated one as a view of itself: Dynamo refuses an autograd.Function that gets one tensor twice."""
+    seen = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return seen
+
+
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -19,7 +19,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input):
         if input.is_nested:
-            leave_to_torch(self, "nested tensors take torch's own kernels", input)
+            _leave_to_torch(self, "nested tensors take torch's own kernels", input)
             return super().forward(input)
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -29,7 +29,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         if x.is_nested:
-            leave_to_torch(self, "nested tensors take torch's own kernels", x)
+            _leave_to_torch(self, "nested tensors take torch's own kernels", x)
             return super().forward(x)
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
@@ -39,7 +39,7 @@ class Softmax(nn.Softmax):
 
     def forward(self, input):
         if reason := _softmax_why_not(self, input):
-            leave_to_torch(self, reason, input)
+            _leave_to_torch(self, reason, input)
             return super().forward(input)
         return functional.softmax(input, self.dim)
 
@@ -49,7 +49,7 @@ class LogSoftmax(nn.LogSoftmax):
 
     def forward(self, input):
         if reason := _softmax_why_not(self, input):
-            leave_to_torch(self, reason, input)
+            _leave_to_torch(self, reason, input)
             return super().forward(input)
         return functional.log_softmax(input, self.dim)
 
@@ -83,7 +83,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights=True, is_causal=False):  # fmt: skip
         reason = self._why_not(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if reason is not None:
-            leave_to_torch(self, reason, query)
+            _leave_to_torch(self, reason, query)
             return super().forward(
                 query,
                 key,
@@ -219,7 +219,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if src.is_nested:
-            leave_to_torch(self, "nested tensors take torch's own kernels", src)
+            _leave_to_torch(self, "nested tensors take torch's own kernels", src)
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x):
@@ -238,11 +238,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 def _add_norm(x, residual, dropout, norm, prenorm=False):
     """norm(residual + dropout(x)), and the sum itself with prenorm; fused where both modules are what their types say."""
-    if (
-        type(dropout) is nn.Dropout
-        and type(norm) is LayerNorm
-        and not (_has_hooks(dropout) or _has_hooks(norm))
-    ):
+    plain = (
+        type(dropout) is nn.Dropout and type(norm) is LayerNorm and not any(map(_has_hooks, (dropout, norm)))
+    )
+    # Autocast leaves x narrower than the residual. On a GPU it makes the norm fp32 again; on a CPU the sum's dtype decides.
+    if plain and (x.dtype == residual.dtype or not x.is_cpu):
         p = dropout.p if dropout.training else 0.0
         affine = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         return functional.add_layer_norm(x, residual, *affine, dropout_p=p, prenorm=prenorm)
@@ -259,7 +259,7 @@ def _has_hooks(module):
     )
 
 
-def leave_to_torch(module, reason, x):
+def _leave_to_torch(module, reason, x):
     """Records that torch's own forward serves this call, as an op does that every fused backend refused."""
     name = type(module).__name__
     backend.choose(name, dict.fromkeys(("cuda", "triton"), lambda *_: reason), x)

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from .common import row_dropout, row_dropout_scalars
 
+# fmt: off
 # Rows are (widest C, tile), first fit wins, for every architecture: sized for 16-byte accesses and 4 or more blocks a
 # multiprocessor by AOT register counts; no GPU has timed them yet. BLOCK_S is also capped by S, BLOCK_B by B.
 ADD_TILES = [
@@ -64,6 +65,7 @@ SEGMENT_TILES = [
     (128, dict(BLOCK_C=128, num_warps=1)),
     (math.inf, dict(BLOCK_C=256, num_warps=1)),
 ]
+# fmt: on
 PROGRAMS = 1024  # backward programs aimed at: about eight blocks on each of 132 multiprocessors
 CHUNK = 16  # sorted rows that a program of segment_sum_kernel adds, one after the other
 
@@ -76,7 +78,8 @@ def sinusoidal(positions, pair0, step, BLOCK_C: tl.constexpr):
     """
     rows: tl.constexpr = positions.shape[0]
     pair = (pair0 + tl.arange(0, BLOCK_C // 2)).to(tl.int64)
-    log2_turns = 4420625586736734346 - pair * step  # 2^56 * (64 - log2(2 pi)), to the float64 it becomes
+    top = 4420625586736734346  # 2^56 * (64 - log2(2 pi)), the exponent of pair 0
+    log2_turns = tl.minimum(top - pair * step, top)  # columns past C can wrap around
     turns = tl.exp2(log2_turns.to(tl.float64) * 2.0**-56).to(tl.int64)
     phase = positions[:, None] * turns[None, :]
     quarter = (phase + (1 << 61)) >> 62  # -2 .. 1, the nearest quarter turn

@@ -135,6 +135,17 @@ def test_dropout_is_off_in_evaluation_only():
     assert torch.equal(model(ids())[0], model(ids())[0])
 
 
+def test_autocast():
+    model = tiny()
+    expected = model(ids(), ids(seed=1))[1]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = model(ids(), ids(seed=1))[1]
+        loss.backward()
+        greedy = model.generate(ids(T=5), 6, temperature=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    assert greedy.shape == (2, 11) and all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_bad_sizes():
     with pytest.raises(ValueError, match="multiple of n_head"):
         GPTConfig(n_embd=30, n_head=4)

@@ -11,7 +11,7 @@ OPS = sorted(path.stem for path in (ROOT / "fastattn/ops").glob("*.py") if path.
 # Top to bottom; a module imports from lower rows, or its own. `fastattn/__init__.py` is a table of contents.
 LAYERS = [
     ("cli",),
-    ("recipes", "benchmarks"),
+    ("recipes", "benchmarks", "check_cases"),
     ("integrations", "swap", "models"),
     ("nn",),
     ("functional",),

@@ -241,14 +241,18 @@ def test_attention_masks_stay_small(monkeypatch):
     assert seen["mask"] is None and seen["causal"]
 
 
-def test_a_query_with_nothing_to_attend_to_gives_zero():
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_query_with_nothing_to_attend_to_gives_zero(name):
     """torch 2.13: the same with need_weights=False; NaN with weights and in its inference kernel."""
     ours, stock = pair("MultiheadAttention", E, H, batch_first=True)
-    x = torch.randn(N, L, E)
+    x = torch.randn(N, L, E, requires_grad=True)
     padding = torch.tensor([[True] * L, [False] * L])
-    agree(ours, stock, x, x, x, key_padding_mask=padding, need_weights=False)
-    y, weights = ours(x, x, x, key_padding_mask=padding)
-    assert torch.equal(y[0], ours.out_proj.bias.expand(L, E)) and not weights[0].any()
+    with fastattn.use_backend(name):
+        y = ours(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+        torch.testing.assert_close(y, stock(x, x, x, key_padding_mask=padding, need_weights=False)[0])
+        y, weights = ours(x, x, x, key_padding_mask=padding)
+        y.sum().backward()
+    assert torch.equal(y[0], ours.out_proj.bias.expand(L, E)) and not weights[0].any() and not x.grad[0].any()
     assert stock(x, x, x, key_padding_mask=padding)[0][0].isnan().all()
 
 
@@ -403,6 +407,28 @@ def test_compiles_to_one_graph(name):
     x = torch.randn(N, L, E)
     compiled = torch.compile(lambda x: call(name, module, x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), call(name, module, x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODULES)
+def test_transforms(name):
+    """What walks over stock torch modules walks over ours: meta tensors, export, trace, vmap, grad."""
+    args, kwargs = MODULES[name]
+    module = getattr(nn, name)(*args, **kwargs).eval()
+    x = torch.randn(N, L, E)
+    y = call(name, module, x)
+    assert call(name, copy.deepcopy(module).to("meta"), x.to("meta")).shape == y.shape
+    inputs = (x, x, x) if name == "MultiheadAttention" else (x,)
+    for other in (
+        torch.export.export(module, inputs).module(),
+        torch.jit.trace(module, inputs, check_trace=False),
+    ):
+        torch.testing.assert_close(call(name, other, x), y)
+    torch.testing.assert_close(torch.vmap(lambda x: call(name, module, x))(x[None])[0], y)
+    gradient = torch.func.grad(lambda x: call(name, module, x).square().sum())(x)
+    x.requires_grad_()
+    call(name, module, x).square().sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
 
 
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer"])

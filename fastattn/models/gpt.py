@@ -151,13 +151,12 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: {T} tokens, but n_positions is {self.config.n_positions}; shorten the input"
             )
-        new_T = torch.arange(T, device=input_ids.device)
-        position_ids = None if cache is None else cache.lens[:, None] + new_T
+        position_ids = None  # 0 .. T-1
+        if cache is not None:
+            position_ids = cache.lens[:, None] + torch.arange(T, device=input_ids.device)
+        tables = (self.wte.weight, self.wpe.weight)
         p = self.config.dropout if self.training else 0.0
-        branch_BTC, x_BTC = (
-            None,
-            F.embeddings(input_ids, self.wte.weight, self.wpe.weight, position_ids=position_ids, dropout_p=p),
-        )
+        branch_BTC, x_BTC = None, F.embeddings(input_ids, *tables, position_ids=position_ids, dropout_p=p)
         for i, block in enumerate(self.h):
             branch_BTC, x_BTC = block(branch_BTC, x_BTC, None if cache is None else cache.layer(i))
         if cache is not None:
@@ -185,11 +184,13 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         ids = new = input_ids
-        for _ in range(max_new_tokens):
-            logits_BV = linear(self.hidden(new, cache)[:, -1], weight)
-            new = sample(logits_BV, temperature, top_k, generator)
-            ids = torch.cat([ids, new], dim=1)
-        self.train(was_training)
+        try:
+            for _ in range(max_new_tokens):
+                logits_BV = linear(self.hidden(new, cache)[:, -1], weight)
+                new = sample(logits_BV, temperature, top_k, generator)
+                ids = torch.cat([ids, new], dim=1)
+        finally:
+            self.train(was_training)
         return ids
 
 

@@ -135,22 +135,13 @@ def _check_ids(name, what, ids, shape, other, rows):
         size not in (1, full) for size, full in zip(ids.shape, kept, strict=True)
     ):
         raise ValueError(f"{name}: {what} is {tuple(ids.shape)}, must broadcast to {tuple(shape)}")
-    if rows is None or not (ids.is_cpu or backend.debug) or ids.numel() == 0 or not _readable(ids):
+    if rows is None or ids.numel() == 0 or not backend.readable(ids):
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= rows:
         raise IndexError(
             f"{name}: {what} has values from {low} to {high}; its table has rows 0 .. {rows - 1}"
         )
-
-
-def _readable(ids):
-    """Whether ids has values now: not while a graph is recorded or a transform stands in for it."""
-    return (
-        type(ids) in (torch.Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _draw_seed(x):
