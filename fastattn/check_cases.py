@@ -250,17 +250,18 @@ def check_all(device, functions, shown):
 
 
 def record(device, results):
-    """Write the verdict of this card: for each backend, the ops that every case called and found right."""
-    ops = {}
-    for name in ("cuda", "triton"):
-        mine = [r for r in results if r.backend == name]
-        bad = {op for r in mine if r.state == "wrong" for op in r.called}
-        ops[name] = sorted({op for r in mine if r.state == "right" for op in r.called} - bad)
+    """Write this card's verdict, ops by backend: those right in every case that called them, and earlier ones not run now."""
     path, key = backend.verdict_path(), backend.verdict_key(device)
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
+    ops = {}
+    for name in ("cuda", "triton"):
+        mine = [r for r in results if r.backend == name]
+        seen = {op for r in mine for op in r.called}
+        wrong = {op for r in mine if r.state == "wrong" for op in r.called}
+        ops[name] = sorted(set(known.get(key, {}).get(name, ())) - seen | (seen - wrong))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known | {key: ops}, indent=1))
     backend.verdict.cache_clear()
