@@ -36,7 +36,7 @@ for step in $steps; do
                 continue
             fi
             within 240 "$python" -m pytest -q -x -m "gpu or not gpu" tests || failed+=(test) ;;
-        bench) within 400 "$python" -m fastattn.cli bench --quick || failed+=(bench) ;;
+        bench) within 500 "$python" -m fastattn.cli bench --quick --limit $(((deadline - SECONDS) / 2)) || failed+=(bench) ;;
         *) echo "no step $step: build, check, test or bench"; exit 2 ;;
     esac
 done

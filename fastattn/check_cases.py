@@ -163,10 +163,13 @@ class Result:
 
 
 def op_modules():
-    """{op, as fastattn.backend counts it: its module}, from the files of fastattn/ops."""
-    folder = pathlib.Path(__file__).parent / "ops"
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    return {name: importlib.import_module(f"fastattn.ops.{name}") for name in names}
+    """{op: (its module in fastattn/ops, [its public functions])}, from the files that are there."""
+    found = {}
+    for path in sorted((pathlib.Path(__file__).parent / "ops").glob("[a-z]*.py")):
+        module = importlib.import_module(f"fastattn.ops.{path.stem}")
+        names = [n for n in functional.__all__ if getattr(functional, n).__module__ == module.__name__]
+        found[path.stem] = module, names
+    return found
 
 
 def run(device, name, functions=None):

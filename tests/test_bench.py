@@ -79,6 +79,13 @@ def test_a_wrong_gradient_alone_is_caught():
 def test_unknown_op_and_missing_data_are_named(tmp_path):
     assert "softmx" in bench(tmp_path, "--op", "softmx").output
     assert "nowhere.txt" in bench(tmp_path, "--data", "nowhere.txt").output
+    assert "need cuda" in CliRunner().invoke(cli.app, ["bench", "--device", "gpu7"]).output
+
+
+def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path):
+    done = bench(tmp_path, "--op", "layer_norm", "--limit", "0")
+    assert done.exit_code == 0, done.output
+    assert "Left out for time" in done.output and written(tmp_path) == []
 
 
 def test_a_mix_of_reads_and_writes_lies_between_the_measured_ceilings():
