@@ -32,9 +32,8 @@ test: extension $(SECOND_TRITON)
 	else echo "$(PY) has no pytest-xdist: one process"; $(PYTEST) $(ARGS); fi
 
 gpu: extension
-	@if ! $(call found,pytest); then $(call skip,$(PY) has no pytest); \
-	elif ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(call skip,torch sees no GPU); \
-	else $(PYTEST) $(ARGS); fi
+	@if ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(call skip,torch sees no GPU); \
+	else PYTHON=$(PY) benchmarks/on_gpu.sh $(ARGS); fi
 
 matrix:
 	tests/matrix.sh $(PYTHON) $(ARGS)
