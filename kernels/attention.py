@@ -40,7 +40,7 @@ TILES = {
     ],
     ("dkdv", 16, 90): [
         (64, dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)),
-        (128, dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
         (256, dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=1)),
     ],
     ("dq", 16, 90): [
@@ -675,11 +675,14 @@ def attention_fwd(
     """
     rules = make_rules(q, k, bias, mask, alibi_slopes, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, seed,
                        causal, window_left, window_right, softcap, dropout_p, scale)  # fmt: skip
-    B = batches(q, cu_seqlens_q)
+    B, H, DV = batches(q, cu_seqlens_q), q.shape[1], v.shape[-1]
     if cu_seqlens_q is None:
         max_seqlen_q = q.shape[2]
-    o = empty_rows(q, v.shape[-1])
-    lse = q.new_empty(o.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0]), dtype=torch.float32)
+        o = q.new_empty(B, max_seqlen_q, H, DV).transpose(1, 2)
+        lse = q.new_empty(B, H, max_seqlen_q, dtype=torch.float32)
+    else:  # rows past the last sequence are nobody's
+        o = q.new_zeros(q.shape[0], H, DV)
+        lse = q.new_full((H, q.shape[0]), -math.inf, dtype=torch.float32)
     row = config or tile_row("fwd", q, v)
     grid = B * rules.H * triton.cdiv(max_seqlen_q, row["BLOCK_M"])
     if grid:
@@ -711,7 +714,10 @@ def attention_bwd(
     dlse = dlse if dlse is None or dlse.stride(-1) == 1 else dlse.contiguous()
     config = config or {name: tile_row(name, q, v) for name in ("dkdv", "dq")}
     static = constants(q, v, causal, allow_tf32)
-    dq, dk, dv, delta = (torch.empty_like(t) for t in (q, k, v, lse))
+    new = (
+        torch.empty_like if cu_seqlens_q is None else torch.zeros_like
+    )  # rows past the last sequence are nobody's
+    dq, dk, dv, delta = new(q), new(k), new(v), torch.empty_like(lse)
     dbias, sums, pattern = q.new_empty(0), None, None
     if bias_grad:
         shape = [1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True)]
@@ -894,14 +900,6 @@ def plane(x):
 
 def output_plane(x):
     return Plane(x, *x.stride())
-
-
-def empty_rows(x, width=None):
-    """Like x (of another width) but with heads next to the width: transpose(1, 2).reshape(B, S, -1) is a view."""
-    width = x.shape[-1] if width is None else width
-    if x.dim() == 3:
-        return x.new_empty(*x.shape[:2], width)
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], width).transpose(1, 2)
 
 
 def bias_pattern(full, kept):
