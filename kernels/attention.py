@@ -271,7 +271,7 @@ def tanh(x):
     """libdevice's is not for every backend. Near 0, where 1 - e^-2x would cancel, an odd polynomial (3 ulp at most)."""
     z = x * x
     small = x + x * z * (-0.3333331 + z * (0.13330476 + z * (-0.053387105 + z * 0.01798873)))
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - e) / (1.0 + e)
     return tl.where(z < 0.25, small, tl.where(x < 0, -large, large))
 
@@ -620,7 +620,9 @@ def attention_bwd_dbias_kernel(
 
     for i in range(loops_b * loops_h):
         b, h, at = place(rules, (first_b + i // loops_h) * rules.H + first_h + i % loops_h, BOTTOM_RIGHT)
-        lo, _, _, hi = span(m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N)
+        lo, clean_lo, clean_hi, hi = span(
+            m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N
+        )
         if (n0 >= lo) & (n0 < hi):
             q_tile = tile(head(q, b, h, at.start_q), q.stride_m, m0, at.q_len, BLOCK_M, D, BLOCK_D, True)
             do_tile = tile(head(do, b, h, at.start_q), do.stride_m, m0, at.q_len, BLOCK_M, DV, BLOCK_DV, True)
@@ -630,7 +632,7 @@ def attention_bwd_dbias_kernel(
             v_ptr = head(v, b, h // rules.group, at.start_k)
             k_tile = tile(k_ptr, k.stride_m, n0, at.kv_len, BLOCK_N, D, BLOCK_D, True)
             v_tile = tile(v_ptr, v.stride_m, n0, at.kv_len, BLOCK_N, DV, BLOCK_DV, True)
-            ds, _ = attention_bwd_ds(
+            ds, slope = attention_bwd_ds(
                 q_tile, do_tile, lse_m, delta_m, k_tile, v_tile, m0, n0, rules, at, PRECISION, True
             )
             acc += ds
@@ -769,7 +771,7 @@ def attention_bwd(
     # The second stages: torch's sums have a fixed order, and what they read is small.
     if sums is not None:
         reduced = [*shape[:2], shape[2] if pattern == "rows" else rules.S_k]
-        over = [dim for dim, (full, kept) in enumerate(zip(sums.shape, reduced, strict=True)) if kept < full]
+        over = [dim for dim, (full, kept) in enumerate(zip(sums.shape, reduced, strict=True)) if kept != full]
         dbias = (sums.sum(over) if over else sums).reshape(shape).to(bias.dtype)
     dsinks = dsinks.sum((0, 2)).to(sinks.dtype) if sinks_grad else q.new_empty(0)
     return dq, dk, dv, dbias, dsinks
@@ -844,7 +846,7 @@ def make_rules(
         threshold=threshold if dropped else None,
         rescale=(2**8 / (2**8 - threshold) if threshold < 2**8 else 0.0) if dropped else 1.0,
         H=H,
-        group=H // k.shape[1],
+        group=H // k.shape[1] if H else 1,
         S_q=S_q,
         S_k=S_k,
     )
@@ -904,9 +906,7 @@ def output_plane(x):
 
 def bias_pattern(full, kept):
     """Which kernel gives a bias' gradient: "plane" dq stores ds, "loop" sums planes, "cols", "rows" (B, H, S) sums."""
-    rows_kept, keys_kept = (
-        size == 1 or kept_size > 1 for size, kept_size in zip(full[2:], kept[2:], strict=True)
-    )
+    rows_kept, keys_kept = full[2] == kept[2], full[3] == kept[3]
     if rows_kept and keys_kept:
         return "plane" if list(full[:2]) == list(kept[:2]) else "loop"
     return "cols" if keys_kept else "rows"
