@@ -175,24 +175,27 @@ def verdict_key(device):
     return f"{torch.cuda.get_device_name(device)}, fastattn {__version__}, torch {torch.__version__}, triton {triton}"
 
 
-@functools.cache
 def triton_found():
-    return importlib.util.find_spec("triton") is not None
+    return _find_triton()
 
 
-@functools.cache
 def interpreting():
     """Whether triton runs as its interpreter; fixed once triton is imported."""
-    return importlib.import_module("triton").knobs.runtime.interpret
+    return _ask_triton()
+
+
+_find_triton = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
+_ask_triton = functools.cache(lambda: importlib.import_module("triton").knobs.runtime.interpret)
+for _constant in (triton_found, interpreting):
+    # Dynamo calls these and keeps the answer; torch.compiler.assume_constant_result, which says so, imports all of Dynamo
+    _constant._dynamo_marked_constant = True
 
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def triton_why_not(*tensors):
-    """What every Triton launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
-    if not triton_found():
-        return "triton is not installed (pip install triton)"
+def plain_why_not(*tensors):
+    """What every fused launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -209,6 +212,19 @@ def triton_why_not(*tensors):
             return f"dtype {t.dtype} is not float16, bfloat16 or float32"
         if t.device != first.device:
             return f"tensors on {first.device} and on {t.device}"
+        if not compiling and t.is_neg():
+            return "a tensor with its negative bit set (a view of a conjugate) does not hold its own values"
+    return None
+
+
+def triton_why_not(*tensors):
+    """plain_why_not, and that triton is here and runs on the first tensor's device."""
+    if not triton_found():
+        return "triton is not installed (pip install triton)"
+    reason = plain_why_not(*tensors)
+    if reason is not None:
+        return reason
+    first = tensors[0]
     if first.is_cpu and not interpreting():
         return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before triton is imported)"
     if not first.is_cpu and interpreting():
@@ -261,6 +277,14 @@ def readable(t):
     return (t.is_cpu or debug) and type(t) is torch.Tensor and not torch.compiler.is_compiling()
 
 
+def distinct(*tensors):
+    """The tensors, a repeated one as a view of itself: Dynamo refuses an autograd.Function that gets one tensor twice."""
+    seen = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return seen
+
+
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -271,9 +295,11 @@ def wants_double_backward():
 
 
 def composite_backward(function, inputs, grads):
-    """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable; None where none is needed."""
+    """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable under create_graph; None where none is needed."""
     wanted = [i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
-    outputs = function(*inputs)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # a backward that is not itself differentiated runs without it
+        outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     result = [None] * len(inputs)
@@ -281,7 +307,7 @@ def composite_backward(function, inputs, grads):
         [o for o, _ in pairs],
         [inputs[i] for i in wanted],
         [g for _, g in pairs],
-        create_graph=True,
+        create_graph=create_graph,
         allow_unused=True,
     )
     for i, grad in zip(wanted, found, strict=True):

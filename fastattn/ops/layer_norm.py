@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend
+from fastattn import backend, cuda
 
 OP = "layer_norm"
 
@@ -84,4 +84,4 @@ backend.define(
     ),
 )
 
-WHY_NOT = {"triton": backend.triton_why_not}
+WHY_NOT = {"cuda": cuda.layer_norm_why_not, "triton": backend.triton_why_not}
