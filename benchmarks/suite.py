@@ -1,23 +1,56 @@
-"""What a benchmark file describes: `benchmarks/bench_<op>.py` has `cases(device)`, which yields these. Nothing else times."""
+"""What a benchmark file describes. `benchmarks/bench_<op>.py` has `cases(device, quick)`, which yields these.
+
+A benchmark file says shapes, baselines and least work; checking, timing and printing are done by the files beside it
+(measure.py, timing.py, report.py), for every op alike.
+"""
 
 import dataclasses
+import importlib
+import importlib.util
 from collections.abc import Callable
 
 import torch
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The least one pass must do: bytes read once and written once, and operations of the tensor cores (0: memory-bound)."""
+
+    read: int
+    write: int
+    flops: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
-    """One op at one shape: how to make its inputs, who computes it, and the least work it must do."""
+    """One op at one shape.
+
+    providers: name -> function(*inputs) -> tensor or tuple of tensors. "eager" is the baseline of the accuracy rule and
+    of the speed-up; "fastattn" is ours, timed once a backend; the others are peers ("compile" and installed packages),
+    which only a GPU times. A provider that is None is not installed and gets no row.
+    """
 
     op: str
     shape: str  # as the table prints it, e.g. "M 4096, N 768"
     dtype: torch.dtype
-    make: Callable  # (device) -> tuple of inputs; those with requires_grad make the backward rows
-    providers: dict[
-        str, Callable
-    ]  # name -> function(*inputs) -> output; "eager" is the baseline, "fastattn" is ours
-    forward_bytes: int  # each input read once, each output written once
-    backward_bytes: int = 0
-    forward_flops: int = 0  # of the tensor cores; 0 for memory-bound ops
-    backward_flops: int = 0
+    make: Callable  # (device) -> tuple of inputs; those with requires_grad ask for the backward row
+    providers: dict[str, Callable | None]
+    reference: Callable  # the same function of the inputs in float64, from fastattn.reference
+    forward: Work
+    backward: Work | None = None  # None: forward only
+    # Where a float64 reference of everything would not fit: tensor -> the part of it that is checked, such that
+    # reference(part of each input) is the part of each output, and the same for gradients.
+    part: Callable | None = None
+
+
+def package(name):
+    """An installed module by its dotted name, else None: peers are optional."""
+    try:
+        return importlib.import_module(name) if importlib.util.find_spec(name.split(".")[0]) else None
+    except Exception:  # a peer built for another torch or GPU can fail in any way at import
+        return None
+
+
+def compiled(function):
+    """`function` under torch.compile, compiled at its first call."""
+    return torch.compile(function, fullgraph=True, dynamic=False)

@@ -79,6 +79,14 @@ def choose(op, why_not, *args, inductor_fuses=False):
     return chosen
 
 
+def stock_only(op, t):
+    """Whether stock torch is certain to run, so that an op may skip what only other backends need."""
+    certain = not _explaining and (_forced == "torch" or (_forced is None and t.is_cpu))
+    if certain and not torch.compiler.is_compiling():
+        calls[op, "torch"] += 1
+    return certain
+
+
 def _first_willing(op, why_not, args):
     reasons = {}
     for name in ORDER:
@@ -246,6 +254,11 @@ def define(op, schema, fake):
     for key in ("CPU", "CUDA"):
         _library.impl(name, lambda *args: launcher(name, args[-1], op)(*args[:-1]), key)
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+
+
+def readable(t):
+    """Whether a tensor's values may be checked: on the CPU, or anywhere under `debug`, and only while nothing records a graph."""
+    return (t.is_cpu or debug) and type(t) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def needs_grad(*tensors):

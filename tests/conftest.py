@@ -12,7 +12,7 @@ import pytest
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
-    import interpreter_bf16  # noqa: F401
+    import fastattn.interpreter  # noqa: F401
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import functools
 import numpy as np
 import triton
 import triton.language as tl
-
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
 

@@ -1,0 +1,177 @@
+"""Builds fastattn._C, the CUDA extension. Metadata is in pyproject.toml.
+
+No torch header and no torch library go in and cudart is linked statically: one build serves every torch, and
+building needs neither torch nor a GPU. Two environment variables steer it:
+
+FASTATTN_CUDA        auto (default): build where nvcc and pybind11 are found, else go on without the extension
+                     and say so; 0: never; 1: build or fail
+FASTATTN_CUDA_ARCHS  such as "80;90a"; default: the GPUs of this machine, else 80;90a. PTX of the lowest is
+                     added, so that newer GPUs run it.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+# A file so named uses what one architecture alone has; the others are compiled for the whole list.
+ONLY_ARCH = {"_sm90.cu": "90a"}
+GO_ON = "built without the CUDA extension; the Triton and torch backends remain"
+
+
+def say(sentence):
+    print(f"[fastattn] {sentence}", file=sys.stderr, flush=True)
+
+
+def output(*command):
+    """Standard output and error of a command; empty where it cannot run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
+
+
+def find_nvcc():
+    """In CUDA_HOME if it is set; else on PATH, in the usual place, in pip's nvidia packages."""
+    if "CUDA_HOME" in os.environ:
+        places = [f"{os.environ['CUDA_HOME']}/bin"]
+    else:
+        pip = [f"{p}/nvidia/{d}/bin" for p in sys.path for d in ("cu13", "cuda_nvcc")]
+        places = [*os.get_exec_path(), "/usr/local/cuda/bin", *pip]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def toolkit_root(nvcc):
+    """The compiler's own word for it, since the nvcc found may be a wrapper script."""
+    top = re.search(r"^#\$ TOP=(.+)$", output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.M)
+    return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def find_pybind11():
+    """The include folder of pybind11, or of the copy inside a torch wheel."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin and (Path(spec.origin).parent / "include/pybind11/pybind11.h").exists():
+            return Path(spec.origin).parent / "include"
+    return None
+
+
+def find_ninja():
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    return shutil.which("ninja")
+
+
+def number(arch):
+    return int(re.match(r"\d+", arch)[0])
+
+
+def cuda_archs(nvcc):
+    """The architectures to compile for, lowest first. A GPU 9.0 gets `90a`, which sm_90 alone understands."""
+    asked = re.findall(r"\d+[a-z]?", os.environ.get("FASTATTN_CUDA_ARCHS", ""))
+    if not asked:
+        gpus = re.findall(
+            r"^(\d+)\.(\d)$", output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"), re.M
+        )
+        known = re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))
+        asked = ["90a" if gpu == "90" else gpu for gpu in map("".join, gpus) if gpu in known]
+    return sorted(set(asked) or {"80", "90a"}, key=number)
+
+
+def extensions():
+    wish = os.environ.get("FASTATTN_CUDA", "auto").lower()
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"[fastattn] FASTATTN_CUDA={wish}: it takes auto, 0 or 1")
+    if wish == "0":
+        say(f"FASTATTN_CUDA=0: {GO_ON}")
+        return []
+    tools = {"nvcc (on PATH or in CUDA_HOME)": find_nvcc(), "pybind11": find_pybind11()}
+    missing = " and ".join(name for name, found in tools.items() if not found)
+    if missing and wish == "1":
+        raise SystemExit(f"[fastattn] FASTATTN_CUDA=1, but {missing} not found")
+    if missing:
+        say(f"{missing} not found: {GO_ON}")
+        return []
+    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cpp")]
+    return [Extension("fastattn._C", sorted(str(s.relative_to(ROOT)) for s in sources), language="c++")]
+
+
+class BuildCuda(build_ext):
+    def build_extension(self, ext):
+        nvcc, cxx = find_nvcc(), os.environ.get("CXX", "g++")
+        top, archs = toolkit_root(nvcc), cuda_archs(nvcc)
+        libs = next((d for d in (top / "lib64", top / "lib") if (d / "libcudart_static.a").exists()), None)
+        if not libs:
+            raise SystemExit(
+                f"[fastattn] no libcudart_static.a below {top}; FASTATTN_CUDA=0 builds without CUDA"
+            )
+        say(f"CUDA extension for {';'.join(archs)} with {nvcc} (toolkit {top})")
+
+        temp = Path(self.build_temp).resolve()
+        temp.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        foreign = [top / "include", find_pybind11(), sysconfig.get_path("include")]
+        common = ["-std=c++17", "-O3", *(f"-isystem{folder}" for folder in foreign)]
+        host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+        steps = []
+        for source in (ROOT / s for s in ext.sources):
+            if source.suffix == ".cu":
+                compiler = [nvcc, *common, *gencode(source.name, archs), "-lineinfo"]
+                compiler += ["-Werror", "all-warnings", "-Xcompiler", ",".join(host)]
+            else:
+                compiler = [cxx, *common, *host, f'-DFASTATTN_ARCHS="{";".join(archs)}"']
+            out = f"{temp}/{source.name}.o"
+            steps.append((out, [source], [*compiler, "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", out]))
+        objects = [out for out, _, _ in steps]
+        static = [f"-L{libs}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        steps.append((target, objects, [cxx, "-shared", *objects, *static, "-o", str(target)]))
+        run(steps, temp)
+
+
+def gencode(name, archs):
+    for suffix, only in ONLY_ARCH.items():
+        if name.endswith(suffix):
+            return [f"-gencode=arch=compute_{only},code=sm_{only}"]
+    lowest = f"compute_{number(archs[0])}"
+    return [
+        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
+        f"-gencode=arch={lowest},code={lowest}",
+    ]
+
+
+def run(steps, folder):
+    """Steps are (output, inputs, command). ninja runs them side by side and leaves out what is up to date."""
+    ninja = find_ninja()
+    if not ninja:
+        for _, _, command in steps:
+            subprocess.run(command, check=True)
+        return
+
+    def path(p):
+        return re.sub(r"([$ :])", r"$\1", str(p))
+
+    lines = ["rule run", "  command = $command", "  depfile = $out.d", "  deps = gcc", "  description = $out"]
+    lines += ["rule link", "  command = $command", "  description = $out"]
+    for out, inputs, command in steps:
+        rule = "run" if "-c" in command else "link"
+        lines.append(f"build {path(out)}: {rule} {' '.join(map(path, inputs))}")
+        lines.append(f"  command = {shlex.join(command).replace('$', '$$')}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([ninja, "-C", str(folder)], check=True)
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})

@@ -1,0 +1,136 @@
+"""scaled_dot_product_attention against torch's own samples, and stock torch's service of `attention` against the reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastattn
+from fastattn import backend, reference
+from fastattn.check import check
+from fastattn.functional import attention, attention_varlen, scaled_dot_product_attention
+
+SDPA = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+
+
+def heads(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": dict(causal=True),
+    "bottom-right": dict(causal="bottom_right"),
+    "window": dict(window=(2, 1)),
+    "causal window, lengths": dict(causal=True, window=(3, None), q_lens=[5, 2], kv_lens=[7, 0]),
+    "bottom-right lengths": dict(causal="bottom_right", q_lens=[5, 2], kv_lens=[7, 3]),
+    "mask": dict(mask=(2, 1, 5, 7)),
+    "mask and bias": dict(mask=(1, 4, 1, 7), bias=(5, 7)),
+    "softcap": dict(softcap=2.0),
+    "alibi": dict(alibi_slopes=(4,), causal=True),
+    "alibi a batch": dict(alibi_slopes=(2, 4), bias=(2, 4, 5, 7)),
+    "sinks": dict(sinks=(4,), mask=(2, 1, 5, 7)),
+    "scale": dict(scale=-0.3),
+}
+
+
+def tensors(options):
+    """Shapes and lists of an OPTIONS row as tensors."""
+    made = dict(options)
+    for name in ("bias", "alibi_slopes", "sinks"):
+        if name in made:
+            made[name] = torch.randn(made[name])
+    if "mask" in made:
+        made["mask"] = torch.rand(made["mask"]) > 0.4
+    for name in ("q_lens", "kv_lens"):
+        if name in made:
+            made[name] = torch.tensor(made[name], dtype=torch.int32)
+    return made
+
+
+@pytest.mark.parametrize("returns", [{}, {"return_lse": True, "return_weights": True}], ids=["o", "all"])
+@pytest.mark.parametrize("row", OPTIONS)
+def test_stock_torch_serves_every_option(row, returns):
+    options = tensors(OPTIONS[row])
+    q, k, v = heads(2, 4, 5, 8), heads(2, 2, 7, 8), heads(2, 2, 7, 6)
+    wanted = lambda *qkv, **named: reference.attention(*qkv, **named)[: 3 if returns else 1]  # noqa: E731
+    ours = lambda *qkv, **named: attention(*qkv, **named, **returns)  # noqa: E731
+    finite = [torch.randn(2, 4, 5, 6), None, torch.randn(2, 4, 5, 7)]
+    assert not check(ours, wanted, (q, k, v), options=options, grad_outputs=finite[: 3 if returns else 1])
+
+
+def test_padding_never_leaks_from_stock_torch():
+    q, k, v = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
+    clean = attention(q, k, v, kv_lens=torch.tensor([3]))
+    k[:, :, 3:], v[:, :, 3:] = float("nan"), float("inf")
+    assert torch.equal(attention(q, k, v, kv_lens=torch.tensor([3])), clean)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_varlen_equals_its_sequences(name):
+    cu_q, cu_k = torch.tensor([0, 3, 3, 8]), torch.tensor([0, 0, 4, 9])
+    inputs = heads(8, 4, 8), heads(9, 2, 8), heads(9, 2, 8)
+    ours = lambda q, k, v: attention_varlen(q, k, v, cu_q, cu_k, 5, 5, causal="bottom_right", return_lse=True)  # noqa: E731
+    wanted = lambda q, k, v: reference.attention_varlen(q, k, v, cu_q, cu_k, causal="bottom_right")  # noqa: E731
+    with backend.use_backend(name):
+        assert not check(ours, wanted, inputs, grad_outputs=[torch.randn(8, 4, 8), None])
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_torchs_own_samples_agree(name, device):
+    """All of torch's samples, output and gradients, each served by the backend itself; dropout against the one stream."""
+    served = 0
+    for sample in SDPA.sample_inputs(device, torch.float32, requires_grad=True):
+        inputs, options = (sample.input, *sample.args), sample.kwargs
+        leaves = [t for t in (*inputs, options.get("attn_mask")) if t is not None and t.requires_grad]
+        torch.manual_seed(1)
+        with backend.use_backend(name):
+            got = scaled_dot_product_attention(*inputs, **options)
+        torch.manual_seed(1)
+        if options["dropout_p"] and name == "triton":
+            wanted = with_the_stream(*inputs, **options)
+        else:
+            wanted = F.scaled_dot_product_attention(*inputs, **options)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        dy = torch.randn_like(wanted)
+        for ours, theirs in zip(
+            torch.autograd.grad(got, leaves, dy), torch.autograd.grad(wanted, leaves, dy), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        served += 1
+    assert served == 25
+
+
+def with_the_stream(q, k, v, *, dropout_p, is_causal):
+    """The reference with the seed that the next draw gives."""
+    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    four = [t.expand(*batch, *t.shape[-2:]).reshape(-1, batch[-1], *t.shape[-2:]) for t in (q, k, v)]
+    seed = torch.randint(0, 2**63 - 1, (2,))
+    o = reference.attention(*four, causal=is_causal, dropout_p=dropout_p, seed=seed)[0]
+    return o.reshape(*batch, *o.shape[-2:])
+
+
+def test_bad_arguments_meet_torchs_own_answer():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 7)
+    for bad in ((q, q, q, torch.ones(5, 5)), (q, k, k), (q, q, q.double()), (q[0, 0, 0], q, q)):
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(*bad)
+        with pytest.raises(RuntimeError):
+            scaled_dot_product_attention(*bad)
+        with backend.use_backend("triton"), pytest.raises(NotImplementedError):
+            scaled_dot_product_attention(*bad)
+    both = dict(attn_mask=torch.ones(3, 3), is_causal=True)
+    wanted = F.scaled_dot_product_attention(q, q, q, **both)
+    assert torch.equal(scaled_dot_product_attention(q, q, q, **both), wanted)
+
+
+def test_explain_names_the_reason():
+    q = torch.randn(1, 2, 3, 300)
+    assert "head dims up to 256" in fastattn.explain(attention, q, q, q)
+
+
+def test_autocast_runs_in_the_autocast_dtype():
+    q = torch.randn(1, 2, 3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, q, q).dtype == scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
+        assert F.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
