@@ -205,6 +205,8 @@ def triton_why_not(*tensors):
             continue
         if not (compiling or type(t) in (torch.Tensor, torch.nn.Parameter) or traceable(t)):
             return f"a {type(t).__name__} has no storage of its own that a kernel could read"
+        if t.layout != torch.strided or t.is_nested or t.is_neg():
+            return "a tensor that is sparse, nested or negated on reading (torch.resolve_neg) has no plain memory to read"
         if t.dtype not in TRITON_DTYPES and t.dtype.is_floating_point or t.dtype.is_complex:
             return f"dtype {t.dtype} is not float16, bfloat16 or float32"
         if t.device != first.device:
@@ -259,6 +261,23 @@ def define(op, schema, fake):
 def readable(t):
     """Whether a tensor's values may be checked: on the CPU, or anywhere under `debug`, and only while nothing records a graph."""
     return (t.is_cpu or debug) and type(t) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def autocast_devices(op):
+    """Device types on which autocast widens the torch op of this name ("softmax.int") to fp32, as its dispatcher knows."""
+    return frozenset(
+        device
+        for device in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", f"Autocast{device.upper()}")
+    )
+
+
+def autocast_dtype(devices, x):
+    """The dtype in which torch's op returns its result for x: fp32 under an autocast that widens it, else x's own."""
+    device = x.device.type
+    if device in devices and torch.is_autocast_enabled(device) and x.dtype in TRITON_DTYPES:
+        return torch.float32
+    return x.dtype
 
 
 def needs_grad(*tensors):
