@@ -125,7 +125,7 @@ class BuildCuda(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         foreign = [top / "include", find_pybind11(), sysconfig.get_path("include")]
-        common = ["-std=c++17", "-O3", *(f"-isystem{folder}" for folder in foreign)]
+        common = ["-std=c++17", "-O3"]
         host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
         steps = []
         for source in (ROOT / s for s in ext.sources):
@@ -133,7 +133,8 @@ class BuildCuda(build_ext):
                 compiler = [nvcc, *common, *gencode(source.name, archs), "-lineinfo"]
                 compiler += ["-Werror", "all-warnings", "-Xcompiler", ",".join(host)]
             else:
-                compiler = [cxx, *common, *host, f'-DFASTATTN_ARCHS="{";".join(archs)}"']
+                compiler = [cxx, *common, *host, *(f"-isystem{f}" for f in foreign)]
+                compiler += [f'-DFASTATTN_ARCHS="{";".join(archs)}"']
             out = f"{temp}/{source.name}.o"
             steps.append((out, [source], [*compiler, "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", out]))
         objects = [out for out, _, _ in steps]
@@ -156,10 +157,7 @@ def gencode(name, archs):
 def run(steps, folder):
     """Steps are (output, inputs, command). ninja runs them side by side and leaves out what is up to date."""
     ninja = find_ninja()
-    if not ninja:
-        for _, _, command in steps:
-            subprocess.run(command, check=True)
-        return
+    commands = [[ninja, "-C", str(folder)]] if ninja else [command for _, _, command in steps]
 
     def path(p):
         return re.sub(r"([$ :])", r"$\1", str(p))
@@ -171,7 +169,11 @@ def run(steps, folder):
         lines.append(f"build {path(out)}: {rule} {' '.join(map(path, inputs))}")
         lines.append(f"  command = {shlex.join(command).replace('$', '$$')}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([ninja, "-C", str(folder)], check=True)
+    for command in commands:
+        if subprocess.run(command).returncode:
+            raise SystemExit(
+                "[fastattn] the CUDA extension did not compile; FASTATTN_CUDA=0 builds without it"
+            )
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})

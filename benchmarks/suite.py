@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,4 +54,21 @@ def package(name):
 
 def compiled(function):
     """`function` under torch.compile, compiled at its first call."""
+    torch._functorch.config.donated_buffer = (
+        False  # the backward is timed alone, again and again on one graph
+    )
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def sdpa_backends(function):
+    """`function`, which calls scaled_dot_product_attention, once for each of torch's own implementations by name."""
+
+    def under(backend):
+        def call(*inputs):
+            with sdpa_kernel(backend):
+                return function(*inputs)
+
+        return call
+
+    names = {"sdpa cudnn": "CUDNN_ATTENTION", "sdpa flash": "FLASH_ATTENTION", "sdpa efficient": "EFFICIENT_ATTENTION", "sdpa math": "MATH"}  # fmt: skip
+    return {name: under(SDPBackend[member]) for name, member in names.items()}

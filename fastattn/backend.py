@@ -189,10 +189,8 @@ def interpreting():
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def triton_why_not(*tensors):
-    """What every Triton launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
-    if not triton_found():
-        return "triton is not installed (pip install triton)"
+def plain_why_not(*tensors):
+    """What every fused launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -205,12 +203,25 @@ def triton_why_not(*tensors):
             continue
         if not (compiling or type(t) in (torch.Tensor, torch.nn.Parameter) or traceable(t)):
             return f"a {type(t).__name__} has no storage of its own that a kernel could read"
-        if t.layout != torch.strided or t.is_nested or t.is_neg():
-            return "a tensor that is sparse, nested or negated on reading (torch.resolve_neg) has no plain memory to read"
+        if t.layout != torch.strided or t.is_nested:
+            return "a sparse or nested tensor is not one block of strided memory"
         if t.dtype not in TRITON_DTYPES and t.dtype.is_floating_point or t.dtype.is_complex:
             return f"dtype {t.dtype} is not float16, bfloat16 or float32"
         if t.device != first.device:
             return f"tensors on {first.device} and on {t.device}"
+        if not compiling and t.is_neg():
+            return "a tensor with its negative bit set (a view of a conjugate) does not hold its own values"
+    return None
+
+
+def triton_why_not(*tensors):
+    """plain_why_not, and that triton is here and runs on the first tensor's device."""
+    if not triton_found():
+        return "triton is not installed (pip install triton)"
+    reason = plain_why_not(*tensors)
+    if reason is not None:
+        return reason
+    first = tensors[0]
     if first.is_cpu and not interpreting():
         return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before triton is imported)"
     if not first.is_cpu and interpreting():

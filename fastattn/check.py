@@ -23,7 +23,7 @@ def compare(name, ours, baseline, exact, factor=2):
     base = base.nan_to_num(0.0, 0.0, 0.0)
     ulp = torch.finfo(ours.dtype).eps * want.abs().max()
     for norm, size in (("max", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
-        error, allowed = size(got - want), factor * size(base - want) + (ulp if norm == "max" else ulp / 4)
+        error, allowed = size(got - want), factor * size(base - want) + ulp
         if error > allowed:
             return f"{name}: {norm} error {error:.3e} is above {allowed:.3e} ({factor} x torch's own in {ours.dtype} + ulp)"
     return None

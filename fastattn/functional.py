@@ -1,6 +1,18 @@
 """Everything the library computes, in one list. Each function lives in fastattn/ops/<op>.py beside its gradient."""
 
 from fastattn.ops.attention import attention, attention_varlen, scaled_dot_product_attention
-from fastattn.ops.layer_norm import layer_norm
+from fastattn.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.softmax import log_softmax, scaled_masked_softmax, softmax
 
-__all__ = ["attention", "attention_varlen", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "attention_varlen",
+    "layer_norm",
+    "log_softmax",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "scaled_masked_softmax",
+    "softmax",
+]

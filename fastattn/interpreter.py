@@ -53,6 +53,14 @@ def repair_operation(name, operands):
 
 def repair_dot(original):
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if a.dtype.scalar == b.dtype.scalar == d.dtype.scalar == tl.float32:
+            # BLAS sums in an order that depends on the tile's shape; the compiled kernel is a chain of fused multiply-adds
+            # over k whatever its tile, so that what one kernel recomputes agrees with what another computed.
+            total = d.data.astype(np.float32)
+            wide_a, wide_b = a.data.astype(np.float64), b.data.astype(np.float64)
+            for k in range(a.data.shape[-1]):
+                total = (total + wide_a[..., :, k, None] * wide_b[..., k, None, :]).astype(np.float32)
+            return TensorHandle(total, tl.float32)
         result = original(self, to_fp32(a), to_fp32(b), to_fp32(d), input_precision, max_num_imprecise_acc)
         return to_bf16(result) if is_bf16(d) else result
 

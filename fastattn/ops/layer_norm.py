@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend, reference
+from fastattn import backend, cuda, reference
 
 OP = "layer_norm"
 WIDENED = {name: backend.autocast_devices(name) for name in ("layer_norm", "rms_norm")}
@@ -37,19 +37,23 @@ def add_layer_norm(x, residual, normalized_shape, weight=None, bias=None, eps=1e
     and out_dtype as in layer_norm). dropout_p in [0, 1] is rounded to a multiple of 2^-16; the mask is drawn from torch's
     generator, redrawn in backward and never stored. Raises ValueError or RuntimeError naming the argument.
     """
-    return _add_norm("layer_norm", x, residual, normalized_shape, weight, bias, eps, dropout_p, prenorm, out_dtype)
+    return _add_norm(
+        "layer_norm", x, residual, normalized_shape, weight, bias, eps, dropout_p, prenorm, out_dtype
+    )
 
 
 def add_rms_norm(x, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, prenorm=False,
                  out_dtype=None):  # fmt: skip
     """r = residual + dropout(x), y = rms_norm(r): returns y, or (y, r) with prenorm. All else as in add_layer_norm."""
-    return _add_norm("rms_norm", x, residual, normalized_shape, weight, None, eps, dropout_p, prenorm, out_dtype)
+    return _add_norm(
+        "rms_norm", x, residual, normalized_shape, weight, None, eps, dropout_p, prenorm, out_dtype
+    )
 
 
 def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
     normalized_shape = _checked(name, x, normalized_shape, weight, bias, out_dtype)
     dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[name], x)
-    chosen = backend.choose(name, WHY_NOT, x, weight, bias, inductor_fuses=True)
+    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, inductor_fuses=True)
     if chosen == "torch":
         return _stock(name, x, normalized_shape, weight, bias, eps, dtype)
     rms, eps = name == "rms_norm", _default_eps(eps, x)
@@ -71,7 +75,7 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}, must lie in [0, 1]")
     dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[norm], x)
-    chosen = backend.choose(name, WHY_NOT, x, weight, bias, residual)
+    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, residual)
     if chosen == "torch":
         r = (residual + F.dropout(x, dropout_p)).to(residual.dtype)
         y = _stock(norm, r, normalized_shape, weight, bias, eps, dtype)
@@ -97,7 +101,9 @@ def _checked(name, x, normalized_shape, weight, bias, out_dtype):
         )
     for what, t in (("weight", weight), ("bias", bias)):
         if t is not None and tuple(t.shape) != normalized_shape:
-            raise RuntimeError(f"{name}: {what} is {tuple(t.shape)}, must be normalized_shape {normalized_shape}")
+            raise RuntimeError(
+                f"{name}: {what} is {tuple(t.shape)}, must be normalized_shape {normalized_shape}"
+            )
     if out_dtype not in (None, "input"):
         raise ValueError(f'{name}: out_dtype is {out_dtype!r}, must be None (as torch) or "input"')
     return normalized_shape
@@ -152,7 +158,19 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, rms, dtype, chosen):
         y, r, mean, rstd = backend.run(
-            "add_layer_norm_fwd", chosen, OP, x, residual, weight, bias, seed, eps, dropout_p, rms, True, dtype
+            "add_layer_norm_fwd",
+            chosen,
+            OP,
+            x,
+            residual,
+            weight,
+            bias,
+            seed,
+            eps,
+            dropout_p,
+            rms,
+            True,
+            dtype,
         )
         ctx.save_for_backward(r, weight, bias, mean, rstd, seed)
         ctx.options = eps, dropout_p, rms, dtype, x.dtype
@@ -178,7 +196,9 @@ class _AddNorm(torch.autograd.Function):
         )  # fmt: skip
         dx = dresidual if seed is None and x_dtype == r.dtype else dx
         grads = (dx, dresidual, dweight, dbias)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *nothing
+        return *(
+            g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)
+        ), *nothing
 
 
 def _composite(eps, rms, dtype):
@@ -209,7 +229,9 @@ def _bwd_fake(dy, x, weight, mean, rstd, weight_grad, bias_grad, rms, backend):
     return x.new_empty(x.shape), dweight, x.new_empty(N if bias_grad else 0, dtype=dtype)
 
 
-def _add_bwd_fake(dy, dr, r, weight, mean, rstd, seed, dropout_p, weight_grad, bias_grad, rms, dtype, backend):
+def _add_bwd_fake(
+    dy, dr, r, weight, mean, rstd, seed, dropout_p, weight_grad, bias_grad, rms, dtype, backend
+):
     same = seed is None and dtype == r.dtype
     dx = r.new_empty(0 if same else r.shape, dtype=dtype)
     return dx, *_bwd_fake(dy, r, weight, mean, rstd, weight_grad, bias_grad, rms, backend)
@@ -242,7 +264,7 @@ backend.define(
 )
 
 
-def _triton_why_not(x, weight, bias, residual=None):
+def _triton_why_not(x, weight, bias, dtype, residual=None):
     for what, t in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
         if t is not None and t.dtype not in backend.TRITON_DTYPES:
             return f"{what}'s dtype {t.dtype} is not float16, bfloat16 or float32"
@@ -251,4 +273,7 @@ def _triton_why_not(x, weight, bias, residual=None):
     return backend.triton_why_not(x, residual, weight, bias)
 
 
-WHY_NOT = {"triton": _triton_why_not}
+WHY_NOT = {
+    name: {"triton": _triton_why_not} for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+}
+WHY_NOT["layer_norm"]["cuda"] = cuda.layer_norm_why_not

@@ -38,7 +38,9 @@ def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dty
         )
     if mask is not None:
         mask = _checked_mask(mask, scores)
-    dtype = _requested("scaled_masked_softmax", scores, None, out_dtype) or backend.autocast_dtype(WIDENED, scores)
+    dtype = _requested("scaled_masked_softmax", scores, None, out_dtype) or backend.autocast_dtype(
+        WIDENED, scores
+    )
     chosen = backend.choose("scaled_masked_softmax", WHY_NOT, scores, mask, dtype, inductor_fuses=True)
     if chosen == "torch":
         return _torch_scaled_masked_softmax(scores, mask, scale, causal).to(dtype)

@@ -1,0 +1,307 @@
+"""A GPT learns English: the same model from the same seed on stock torch ("eager") and on fastattn, step by step.
+
+Eager is the same GPT with use_backend("torch"), that is F.scaled_dot_product_attention, F.layer_norm, F.embedding and
+their like: on a CPU, where fastattn runs stock torch too, it is torch against torch and only the agreement says something.
+There Triton follows in its interpreter: 30 steps of a two-layer GPT whose every gradient is held to the 2 x rule.
+
+Tokens are bytes. The default text is the one that ships inside Python itself, pydoc_data.topics.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastattn import backend, check
+from fastattn.models.gpt import SIZES, GPT, GPTConfig
+
+PEAK_TFLOPS = {
+    (8, 0): 312.0,
+    (9, 0): 989.5,
+    (10, 0): 2250.0,
+}  # dense bf16, by compute capability: what MFU is a share of
+LEARNING_RATE = 1e-3
+FOLLOWED_STEPS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    config: GPTConfig
+    batch: int
+    steps: int
+    autocast: bool  # bf16 activations over fp32 weights
+
+    @property
+    def tokens(self):
+        return self.batch * self.config.n_positions
+
+
+def plan(device, quick):
+    if device.type == "cuda":
+        return Plan(GPTConfig(**SIZES["gpt2"]), batch=16, steps=20 if quick else 100, autocast=True)
+    config = GPTConfig(vocab_size=256, n_positions=128, n_layer=4, n_head=4, n_embd=128)
+    if quick:
+        config = dataclasses.replace(config, n_positions=64, n_layer=2, n_embd=64)
+    return Plan(config, batch=16, steps=20 if quick else 200, autocast=False)
+
+
+def read_text(data):
+    """(bytes as a tensor, what they are)."""
+    if data is not None:
+        raw, name = data.read_bytes(), data.name
+    else:
+        from pydoc_data import topics
+
+        raw, name = "\n\n".join(topics.topics.values()).encode(), "pydoc_data.topics"
+    if len(raw) < 1024:
+        raise ValueError(f"{name}: {len(raw)} bytes of text, need at least 1024 to train on")
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long(), name
+
+
+def batch_of(text, size, length, step):
+    """(ids, targets) of a step, the same for everybody who asks."""
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(len(text) - length, (size, 1), generator=generator)
+    window = text[starts + torch.arange(length + 1)]
+    return window[:, :-1], window[:, 1:]
+
+
+class Runner:
+    """One model, its optimizer and the surroundings it trains in."""
+
+    def __init__(self, plan, device, surroundings, compile=False):
+        torch.manual_seed(0)
+        self.plan, self.device, self.surroundings = plan, device, surroundings
+        self.model = GPT(plan.config).to(device)
+        self.forward = torch.compile(self.model) if compile else self.model
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda"
+        )
+        self.losses, self.seconds, self.peak = [], [], 0
+
+    def step(self, ids, targets):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        with self.surroundings():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.autocast):
+                loss = self.forward(ids, targets)[1]
+            self.optimizer.zero_grad()
+            loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.item())  # synchronises
+        self.seconds.append(time.perf_counter() - began)
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+
+
+def runners(plan, device):
+    stock = lambda: backend.use_backend("torch")  # noqa: E731
+    if device.type == "cpu":
+        return {
+            "eager": Runner(plan, device, stock),
+            "fastattn": Runner(plan, device, contextlib.nullcontext),
+        }
+
+    @contextlib.contextmanager
+    def naive():
+        with stock(), sdpa_kernel(SDPBackend.MATH):
+            yield
+
+    found = {
+        "eager": Runner(plan, device, stock),
+        "eager, attention by matrix products": Runner(plan, device, naive),
+        "compile": Runner(plan, device, stock, compile=True),
+        "fastattn triton": Runner(plan, device, lambda: backend.use_backend("triton")),
+    }
+    if backend.PROVEN or backend.verdict(device):
+        found["fastattn"] = Runner(plan, device, contextlib.nullcontext)  # what runs by default on this card
+    return found
+
+
+def run(device, quick, data, progress):
+    """({everything to print and plot}, [sentences of what went wrong])."""
+    text, name = read_text(data)
+    settings, wrong = plan(device, quick), []
+    length = settings.config.n_positions
+    if len(text) <= length + 1:
+        raise ValueError(f"{name}: {len(text)} bytes of text, need more than {length + 1}")
+    found = runners(settings, device)
+    task = progress.add_task(f"GPT on {name}", total=settings.steps)
+    before = backend.calls.copy()
+    for step in range(settings.steps):
+        ids, targets = (t.to(device) for t in batch_of(text, settings.batch, length, step))
+        for runner in found.values():
+            runner.step(ids, targets)
+        progress.advance(task)
+    calls = {f"{op} on {used}": n - before[op, used] for (op, used), n in sorted(backend.calls.items())}
+    eager = found["eager"]
+    # Rounding is the only difference between the runs, and training amplifies it: half the digits are asked for.
+    tolerance = math.sqrt(torch.finfo(torch.bfloat16 if settings.autocast else torch.float32).eps)
+    apart = {}
+    for runner_name, runner in found.items():
+        apart[runner_name] = max(abs(a - b) / b for a, b in zip(runner.losses, eager.losses, strict=True))
+        if runner_name.startswith("fastattn") and not apart[runner_name] <= tolerance:
+            wrong.append(
+                f"{runner_name}: losses are {apart[runner_name]:.1e} apart from eager's, allowed {tolerance:.1e}"
+            )
+        if not runner.losses[-1] < runner.losses[0]:
+            wrong.append(
+                f"{runner_name}: the loss does not fall ({runner.losses[0]:.3f} to {runner.losses[-1]:.3f})"
+            )
+    ours = list(found.values())[-1]
+    prompt = "The "
+    with ours.surroundings():
+        generator = torch.Generator(device).manual_seed(0)
+        ids = torch.tensor([list(prompt.encode())], device=device)
+        room = min(400, length - ids.shape[1])
+        made = ours.model.generate(ids, room, temperature=0.8, top_k=40, generator=generator)[0]
+    result = {
+        "text": f"{name}, {len(text):,} bytes",
+        "model": f"{settings.config.n_layer} layers, width {settings.config.n_embd}, "
+        f"{sum(p.numel() for p in ours.model.parameters()) / 1e6:.1f} M parameters, batch {settings.batch} x {length}, "
+        + ("bf16 autocast" if settings.autocast else "fp32"),
+        "device": device.type,
+        "losses": {runner_name: runner.losses for runner_name, runner in found.items()},
+        "apart": apart,
+        "tolerance": tolerance,
+        "tokens_per_s": {n: settings.tokens / statistics.median(r.seconds) for n, r in found.items()},
+        "peak_mb": {n: r.peak / 1e6 for n, r in found.items()} if device.type == "cuda" else {},
+        "mfu": _mfu(settings, ours.model, found, device),
+        "calls": calls,
+        "sample": bytes(t if t < 256 else 63 for t in made.tolist()).decode(errors="replace"),
+    }
+    task = progress.add_task("GPT through Triton", total=FOLLOWED_STEPS)
+    try:
+        result["followed"] = _followed(device, lambda: progress.advance(task))
+        wrong += result["followed"]["wrong"]
+    except Exception as e:  # its process may die in any way; the other results are still worth printing
+        result["followed"] = None
+        wrong.append(f"Triton's steps did not finish: {e}")
+    return result, wrong
+
+
+def _mfu(settings, model, found, device):
+    """Share of the card's dense bf16 peak, by the usual count: 6 a parameter and token, 12 L C T for attention."""
+    peak = device.type == "cuda" and PEAK_TFLOPS.get(torch.cuda.get_device_capability(device))
+    if not peak:
+        return {}
+    config = settings.config
+    n = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    flops = (6 * n + 12 * config.n_layer * config.n_embd * config.n_positions) * settings.tokens
+    return {name: flops / statistics.median(runner.seconds) / peak / 1e12 for name, runner in found.items()}
+
+
+def follow(device, steps=FOLLOWED_STEPS, step_done=lambda: None):
+    """Train a two-layer GPT with use_backend("triton"); at every step stock torch computes the same gradients, in fp32 and
+    in float64, at the same weights. Beside it, eager trains by itself from the same seed."""
+    settings = Plan(GPTConfig(**SIZES["tiny"] | {"n_positions": 32}), batch=2, steps=steps, autocast=False)
+    runner = Runner(settings, device, lambda: backend.use_backend("triton"))
+    free = Runner(settings, device, lambda: backend.use_backend("torch"))
+    eager, exact = copy.deepcopy(runner.model), copy.deepcopy(runner.model).double()
+    text, _ = read_text(None)
+    losses, wrong, calls = {"triton": [], "eager": [], "float64": []}, [], {}
+    for step in range(steps):
+        ids, targets = (
+            t.to(device) for t in batch_of(text, settings.batch, settings.config.n_positions, step)
+        )
+        for name, model in (("eager", eager), ("float64", exact)):
+            model.load_state_dict(runner.model.state_dict())
+            model.zero_grad()
+            with backend.use_backend("torch"):
+                loss = model(ids, targets)[1]
+                loss.backward()
+            losses[name].append(loss.item())
+        before = backend.calls.copy()
+        runner.step(ids, targets)
+        for (op, used), n in backend.calls.items():
+            calls[f"{op} on {used}"] = calls.get(f"{op} on {used}", 0) + n - before[op, used]
+        losses["triton"].append(runner.losses[-1])
+        free.step(ids, targets)
+        for (name, p), e, x in zip(
+            runner.model.named_parameters(), eager.parameters(), exact.parameters(), strict=True
+        ):
+            sentence = check.compare(f"step {step}, gradient of {name}", p.grad, e.grad, x.grad)
+            wrong += [sentence] if sentence else []
+        step_done()
+    columns = (torch.tensor(losses[name], dtype=torch.float64) for name in ("triton", "eager", "float64"))
+    triton, stock, double = columns
+    sentence = check.compare("losses", triton.float(), stock.float(), double)
+    wrong += [sentence] if sentence else []
+    calls = {name: n for name, n in calls.items() if n}
+    if not any(name.endswith(" on triton") for name in calls):
+        wrong.append("no call reached Triton")
+    return {"losses": losses | {"eager alone": free.losses}, "wrong": wrong, "calls": calls, "parameters": len(list(eager.parameters()))}  # fmt: skip
+
+
+def _followed(device, step_done):
+    if device.type == "cuda":
+        return follow(device, step_done=step_done)
+    command = [sys.executable, "-m", "fastattn.benchmarks.bench_gpt"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                result = json.loads(line)
+            step_done()
+    if process.returncode:
+        raise RuntimeError(f"the interpreter's process ended with status {process.returncode}")
+    return result
+
+
+def tell(result, wrong):
+    """What a person reads of the result."""
+    steps = len(result["losses"]["eager"])
+    marks = sorted({0, *(round(i * (steps - 1) / 8) for i in range(9))})
+    lines = [
+        f"GPT on {result['text']}: {result['model']}",
+        "",
+        "loss at step".ljust(38) + "".join(f"{m:>8}" for m in marks),
+    ]
+    for name, losses in result["losses"].items():
+        lines.append(name.ljust(38) + "".join(f"{losses[m]:>8.4f}" for m in marks))
+    lines.append("")
+    for name in result["losses"]:
+        line = f"{name}: {result['tokens_per_s'][name]:,.0f} tokens/s"
+        line += f", peak memory {result['peak_mb'][name]:,.0f} MB" if result["peak_mb"] else ""
+        line += f", MFU {result['mfu'][name]:.1%}" if result["mfu"] else ""
+        if name != "eager":
+            line += f", losses at most {result['apart'][name]:.1e} apart from eager's (allowed {result['tolerance']:.1e})"
+        lines.append(line)
+    if result["device"] == "cpu":
+        lines.append("On a CPU fastattn runs stock torch: torch against torch, so no speed-up is claimed.")
+    lines += ["Calls: " + ", ".join(f"{name} {n}" for name, n in result["calls"].items() if n), ""]
+    followed = result["followed"]
+    if followed:
+        losses = followed["losses"]
+        where = "its interpreter, on the CPU" if result["device"] == "cpu" else "the GPU"
+        verdict = (
+            "all within the 2 x rule"
+            if not followed["wrong"]
+            else f"{len(followed['wrong'])} break the 2 x rule"
+        )
+        lines += [
+            f"Through Triton ({where}): {len(losses['triton'])} steps of a two-layer GPT, gradients of "
+            f"{followed['parameters']} parameters and the loss at every step: {verdict}.",
+            f"loss {losses['triton'][0]:.6f} to {losses['triton'][-1]:.6f}, "
+            f"eager by itself {losses['eager alone'][0]:.6f} to {losses['eager alone'][-1]:.6f}",
+            "Calls: " + ", ".join(f"{name} {n}" for name, n in followed["calls"].items()),
+            "",
+        ]
+    lines += ["Text the model writes:", result["sample"]]
+    lines += ["", "Wrong:", *wrong[:20]] if wrong else []
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(follow(torch.device("cpu"), step_done=lambda: print("step", flush=True))), flush=True)

@@ -1,0 +1,98 @@
+"""The run behind `fastattn bench`: every op, the host path, the GPT; then the table and the files."""
+
+import importlib
+import io
+import pathlib
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastattn import backend
+from fastattn.benchmarks import bench_gpt, host_path, report, timing
+from fastattn.benchmarks.measure import measure
+
+OPS = ("attention", "attention_decode", "softmax", "layer_norm", "position")
+EVERYTHING = (*OPS, "host", "gpt")
+
+
+def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=None):
+    """Measure what is `chosen` on `device`, print it and write it into folder `out`; the number of failures."""
+    out = pathlib.Path(out)
+    environment = report.environment(device)
+    console.print(_pairs("fastattn bench", environment))
+    results = {"environment": environment, "ceilings": {}, "rows": [], "said": {}}
+    modules = [importlib.import_module(f"fastattn.benchmarks.bench_{op}") for op in OPS if op in chosen]
+    cases = [case for module in modules for case in module.cases(device, quick)]
+    if timing.is_gpu(device) and cases:
+        results["ceilings"] = timing.ceilings(device) if backend.triton_found() else {}
+        console.print(_pairs("Ceilings measured just now (TB/s, TFLOP/s)", results["ceilings"]))
+    seconds = (0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
+    with _progress(console) as progress:
+        task = progress.add_task("ops", total=len(cases))
+        for case in cases:
+            progress.update(task, description=f"{case.op}, {case.shape}")
+            results["rows"] += measure(case, device, results["ceilings"], seconds)
+            progress.advance(task)
+            if timing.is_gpu(device):
+                torch.cuda.empty_cache()
+    failures = sum(row["failed"] for row in results["rows"])
+    if "host" in chosen:
+        results["host_path"] = host_path.host_paths(0.1 if quick else 0.3)
+    if "gpt" in chosen:
+        with _progress(console) as progress:
+            results["gpt"], wrong = bench_gpt.run(device, quick, data, progress)
+        failures += len(wrong)
+
+    if results["rows"]:
+        console.print(report.table(results["rows"], timing.is_gpu(device)))
+        for (op, direction, provider), (t0, rate) in report.fits(results["rows"]).items():
+            if timing.is_gpu(device):
+                console.print(f"{op} {direction}, {provider}: T = {t0:.1f} µs + bytes / {rate:.2f} TB/s")
+    if "host" in chosen:
+        console.print(_host_table(results["host_path"]))
+        results["said"]["Host path"] = _text(_host_table(results["host_path"]))
+    if "gpt" in chosen:
+        said = bench_gpt.tell(results["gpt"], wrong)
+        console.print(said, markup=False, highlight=False)
+        results["said"]["GPT training"] = said
+    written = report.save(results, out)
+    console.print(
+        f"Written to {out}/: {', '.join(written)}. `fastattn report --out {out}` makes one HTML page of them."
+    )
+    if failures:
+        console.print(f"{failures} failed: wrong results have no times.", style="bold red")
+    return failures
+
+
+def _progress(console):
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _pairs(title, pairs):
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in pairs.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _host_table(rows):
+    table = Table(
+        title="Host path, µs a call, kernels stubbed (see benchmarks/host_path.py)", title_justify="left"
+    )
+    for heading in ("op", "way", "torch", "fastattn", "× torch"):
+        table.add_column(heading, justify="left" if heading in ("op", "way") else "right")
+    for row in rows:
+        table.add_row(
+            row["op"], row["of"], f"{row['torch']:.1f}", f"{row['fastattn']:.1f}", f"{row['ratio']:.2f}"
+        )
+    return table
+
+
+def _text(renderable):
+    """What rich would print, without colours."""
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()

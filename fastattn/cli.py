@@ -1,0 +1,189 @@
+"""The `fastattn` command: info | check | bench | report. Everything it runs is importable; this file only prints."""
+
+import importlib.util
+import pathlib
+import platform
+import sys
+import warnings
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import fastattn
+from fastattn import backend, check_cases
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=fastattn.__doc__
+)
+Device = Annotated[str, typer.Option(help="cuda, cuda:1, cpu; by default a GPU where torch sees one.")]
+Op = Annotated[list[str] | None, typer.Option(help="Only these; may be given several times.")]
+Out = Annotated[pathlib.Path, typer.Option(help="Folder of the results.")]
+
+
+def _console():
+    # Into a file or a pipe a table would be cut at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+def _device(name):
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@app.command()
+def info():
+    """Versions, GPUs, what each backend can do here and why not."""
+    console = _console()
+    console.print(
+        f"fastattn {fastattn.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    console.print(f"triton: {_triton()}")
+    console.print(f"CUDA extension: {_extension()}")
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    for index in gpus:
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        console.print(
+            f"GPU {index}: {properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+        )
+    if not gpus:
+        console.print(
+            "GPU: none that torch sees. CPU tensors take stock torch; Triton serves them through its interpreter on request."
+        )
+    console.print(_support(gpus))
+    for index in gpus:
+        device = torch.device("cuda", index)
+        seen = backend.verdict(device)
+        console.print(
+            f"Verdict of `fastattn check` on GPU {index}: "
+            + (
+                "; ".join(f"{name}: {', '.join(ops)}" for name, ops in seen.items())
+                if seen
+                else "none yet; run it once"
+            )
+        )
+
+
+def _triton():
+    if not backend.triton_found():
+        return "not found (pip install triton)"
+    import triton
+
+    return triton.__version__
+
+
+def _extension():
+    found = importlib.util.find_spec("fastattn._C")
+    if found is None:
+        return "not built (nvcc and pybind11 were missing at install, or FASTATTN_CUDA=0)"
+    from fastattn import _C
+
+    return f"{found.origin}, built for {getattr(_C, 'archs', 'unknown architectures')}"
+
+
+def _support(gpus):
+    """Which op each backend has, and on which GPUs it has been seen right."""
+    table = Table(title="Ops and backends", title_justify="left")
+    for heading in ("op", "cuda", "triton", "torch"):
+        table.add_column(heading)
+    for op, module in check_cases.op_modules().items():
+        cells = []
+        for name in ("cuda", "triton"):
+            if name not in module.WHY_NOT:
+                cells.append("not written")
+                continue
+            proven = backend.PROVEN.get((name, op), {})
+            seen = [f"{major}.{minor}" for major, minor in proven]
+            cells.append(
+                f"seen right on compute capability {', '.join(seen)}" if seen else "never run on a GPU"
+            )
+        table.add_row(op, *cells, "stock torch")
+    return table
+
+
+@app.command()
+def check(device: Device = "", op: Op = None):
+    """Numerics of every op on every backend in every dtype, forward and backward, against float64."""
+    warnings.simplefilter("ignore", backend.FallbackWarning)
+    console, where = _console(), _device(device)
+    known = list(dict.fromkeys(case.function for case in check_cases.CASES))
+    if unknown := [name for name in op or () if name not in known]:
+        raise typer.BadParameter(f"--op {unknown[0]}: need one of {', '.join(known)}")
+    results, skipped = check_cases.check_all(
+        where,
+        op or None,
+        lambda found, total: track(found, "checking", total=total, console=console, transient=True),
+    )
+    table = Table(
+        title=f"fastattn check on {where}: forward and backward within the rule", title_justify="left"
+    )
+    columns = list(dict.fromkeys((r.backend, r.dtype) for r in results))
+    for heading in ("function", "case", *(f"{name}\n{dtype}" for name, dtype in columns)):
+        table.add_column(heading)
+    for function, label in dict.fromkeys((r.function, r.label) for r in results):
+        states = {
+            (r.backend, r.dtype): r.state for r in results if (r.function, r.label) == (function, label)
+        }
+        table.add_row(function, label, *(_paint(states.get(column, "")) for column in columns))
+    console.print(table)
+    wrong = [r for r in results if r.state == "wrong"]
+    for sentence in dict.fromkeys(
+        f"{r.backend} {r.state} {r.function}: {r.sentence}" for r in results if r.sentence
+    ):
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    for sentence in skipped:
+        console.print(sentence)
+    if where.type == "cpu":
+        console.print("Triton ran in its interpreter: numerics only, no GPU was involved.")
+    else:
+        path, ops = check_cases.record(where, results)
+        console.print(f"Verdict written to {path}: {ops}. Ops listed there are now the default on this card.")
+    console.print(f"{len(wrong)} wrong of {len(results)}.", style="bold red" if wrong else "bold green")
+    raise typer.Exit(bool(wrong))
+
+
+def _paint(state):
+    return {"right": "[green]right[/]", "wrong": "[bold red]WRONG[/]", "refused": "[yellow]refused[/]"}.get(
+        state, state
+    )
+
+
+@app.command()
+def bench(
+    device: Device = "",
+    op: Op = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller shapes.")] = False,
+    out: Out = pathlib.Path("bench-out"),
+    data: Annotated[pathlib.Path | None, typer.Option(help="Text to train the GPT on.")] = None,
+):
+    """Each op and a GPT's training against eager PyTorch: checked, then timed; a table, CSV, JSON and plots."""
+    from fastattn.benchmarks import run
+
+    warnings.simplefilter("ignore", backend.FallbackWarning)
+    if unknown := [name for name in op or () if name not in run.EVERYTHING]:
+        raise typer.BadParameter(f"--op {unknown[0]}: need one of {', '.join(run.EVERYTHING)}")
+    if data is not None and not data.is_file():
+        raise typer.BadParameter(f"--data {data}: no such file")
+    failures = run.run(_console(), _device(device), op or run.EVERYTHING, quick, out, data)
+    raise typer.Exit(bool(failures))
+
+
+@app.command()
+def report(out: Out = pathlib.Path("bench-out")):
+    """One self-contained HTML page from what `fastattn bench` wrote."""
+    from fastattn.benchmarks.report import html_page
+
+    if not (out / "results.json").is_file():
+        raise typer.BadParameter(f"{out} has no results.json: run `fastattn bench --out {out}` first")
+    _console().print(f"Written: {html_page(out)}")
+
+
+def main():
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The benchmark harness: what is wrong gets a sentence and no time, files are written, and the GPU's path runs on a stand-in."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import time
+import types
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastattn import cli
+from fastattn.benchmarks import bench_layer_norm, ceilings, host_path, measure, report, run, timing
+from fastattn.benchmarks.suite import Work
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _memory_as_it_comes():
+    torch.use_deterministic_algorithms(False)  # timings with filled memory would mean nothing
+
+
+def bench(tmp_path, *args):
+    return CliRunner().invoke(cli.app, ["bench", "--device", "cpu", "--quick", "--out", str(tmp_path), *args])
+
+
+def a_case():
+    return bench_layer_norm.layer_norm(16, 64, torch.float32)
+
+
+def test_bench_writes_table_csv_json_and_plot(tmp_path):
+    done = bench(tmp_path, "--op", "layer_norm")
+    assert done.exit_code == 0, done.output
+    assert "layer_norm" in done.output and "torch against torch" in done.output
+    assert "× eager" not in done.output  # no speed-up column on a CPU
+    rows = list(csv.DictReader(open(tmp_path / "results.csv")))
+    assert {row["provider"] for row in rows} == {"eager", "fastattn"}
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    assert all(float(row["median_us"]) > 0 and row["speedup"] == "" for row in rows)
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(rows)
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    page = CliRunner().invoke(cli.app, ["report", "--out", str(tmp_path)])
+    assert page.exit_code == 0, page.output
+    text = (tmp_path / "report.html").read_text()
+    assert "M 256, N 768" in text and "data:image/png;base64" in text
+
+
+def test_a_wrong_result_has_no_time_and_fails_the_run(tmp_path, monkeypatch):
+    right = bench_layer_norm.functional.layer_norm
+    monkeypatch.setattr(bench_layer_norm.functional, "layer_norm", lambda *args: right(*args) * 1.001)
+    done = bench(tmp_path, "--op", "layer_norm")
+    assert done.exit_code == 1
+    assert "2 x torch's own" in done.output.replace("\n", " ") and "failed" in done.output
+    for row in csv.DictReader(open(tmp_path / "results.csv")):
+        assert bool(row["median_us"]) == (row["provider"] == "eager")
+
+
+def test_a_wrong_gradient_alone_is_caught():
+    class Halved(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, y: y.clone())
+        backward = staticmethod(lambda ctx, dy: dy / 2)
+
+    case = a_case()
+    wrong = lambda *inputs: Halved.apply(case.providers["eager"](*inputs))  # noqa: E731
+    case = dataclasses.replace(case, providers=case.providers | {"fastattn": wrong})
+    rows = [row for row in measure.measure(case, CPU, {}, 0.01) if row["provider"] == "fastattn"]
+    assert all(row["failed"] and row["median_us"] is None for row in rows)
+    assert "gradient 0" in rows[1]["note"] and "other pass" in rows[0]["note"]
+
+
+def test_unknown_op_and_missing_data_are_named(tmp_path):
+    assert "softmx" in bench(tmp_path, "--op", "softmx").output
+    assert "nowhere.txt" in bench(tmp_path, "--data", "nowhere.txt").output
+
+
+def test_a_mix_of_reads_and_writes_lies_between_the_measured_ceilings():
+    measured = {"read": 5.0, "add": 4.0, "copy": 3.0, "write": 2.0}
+    for work, rate in (
+        ((1, 0), 5.0),
+        ((2, 1), 4.0),
+        ((1, 1), 3.0),
+        ((0, 1), 2.0),
+        ((3, 1), 4.25),
+        ((1, 3), 2.5),
+    ):
+        assert timing.mix_rate(measured, Work(*work)) == pytest.approx(rate)
+
+
+def test_the_fit_tells_fixed_cost_from_bandwidth():
+    rows = []
+    for megabytes in (1.0, 10.0, 100.0):
+        microseconds = 3.0 + megabytes / 4.0
+        rows.append({"op": "o", "pass": "forward", "provider": "p", "tflop_s": None, "median_us": microseconds, "tb_s": megabytes / microseconds})  # fmt: skip
+    assert report.fits(rows)["o", "forward", "p"] == (pytest.approx(3.0), pytest.approx(4.0))
+
+
+def test_host_path_is_measured_against_torch(monkeypatch):
+    rows = host_path.host_paths(seconds=0.05)
+    assert {row["of"] for row in rows} == set(host_path.COLUMNS)
+    assert all(row["torch"] > 0 and row["fastattn"] > 0 for row in rows)
+
+
+@pytest.fixture
+def stand_in_gpu(monkeypatch):
+    """torch.cuda's timing interface on the CPU's clock, so that the GPU's code path runs where there is none."""
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            pass
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return max((other.at - self.at) * 1e3, 1e-3)
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    properties = types.SimpleNamespace(L2_cache_size=1 << 12, multi_processor_count=132, uuid="none", name="stand-in", major=9, minor=0)  # fmt: skip
+    fakes = {
+        "Event": Event,
+        "Stream": Stream,
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph, stream: contextlib.nullcontext(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": Stream,
+        "current_device": lambda: 0,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 1_000_000,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda device: properties,
+        "get_device_capability": lambda device: (9, 0),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(timing, "is_gpu", lambda device: True)
+    monkeypatch.setattr(timing, "L2_FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(timing, "GRAPH_CALLS", 3)
+    answer = types.SimpleNamespace(communicate=lambda timeout: ("1755, 650.5\n", ""))
+    monkeypatch.setattr(timing, "ask_nvidia_smi", lambda: answer)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is timed by `make bench`")
+def test_every_step_of_the_gpu_protocol_runs(stand_in_gpu):
+    case = dataclasses.replace(a_case(), forward=Work(100, 100), backward=Work(300, 100, flops=1000))
+    case.providers.pop("compile")
+    measured = timing.ceilings(CPU, nbytes=1 << 15, side=64)
+    assert set(measured) == {"read", "write", "copy", "add", "matmul", "matmul_sm_mhz", "matmul_power_w"}
+    rows = measure.measure(case, CPU, measured, seconds=0.01)
+    by = {(row["provider"], row["pass"]): row for row in rows}
+    assert (
+        "refuses" in by["fastattn cuda", "forward"]["note"] and not by["fastattn cuda", "forward"]["failed"]
+    )
+    for provider in ("eager", "fastattn triton"):
+        for direction in ("forward", "backward"):
+            row = by[provider, direction]
+            assert row["note"] == "" and all(
+                row[f"{name}_us"] > 0 for name in ("median", "sustained", "graph", "host")
+            )
+            assert (
+                row["speedup"] > 0
+                and row["peak_mb"] == 1.0
+                and (row["sm_mhz"], row["power_w"]) == (1755, 650.5)
+            )
+        assert by[provider, "forward"]["ceiling_share"] > 0
+        assert by[provider, "backward"]["matmul_share"] > 0 and by[provider, "backward"]["cycle_share"] > 0
+    assert "× eager" in [heading for heading, _ in report.cells(rows[0], on_gpu=True)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+def test_the_ceilings_kernels_move_what_they_say():
+    a, b = torch.randn(2, 10000)
+    grid = (2,)
+    for kernel, inputs, expected in (
+        (ceilings.copy_kernel, (a,), a),
+        (ceilings.add_kernel, (a, b), a + b),
+        (ceilings.write_kernel, (), torch.ones_like(a)),
+    ):
+        out = torch.empty_like(a)
+        kernel[grid](*inputs, out, a.numel(), BLOCK=8192)
+        torch.testing.assert_close(out, expected)
+    sums = torch.empty(2)
+    ceilings.read_kernel[grid](a, sums, a.numel(), BLOCK=8192)
+    torch.testing.assert_close(sums.sum(), a.sum(), atol=1e-3, rtol=1e-4)
+
+
+def test_every_chosen_op_has_a_benchmark_file():
+    assert set(run.EVERYTHING) == {*run.OPS, "host", "gpt"}
