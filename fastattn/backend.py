@@ -303,6 +303,8 @@ def wants_double_backward():
 def composite_backward(function, inputs, grads):
     """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable; None where none is needed."""
     wanted = [i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+    # Views, so that an input computed from another one (or by this very op) does not send its gradient on to it.
+    inputs = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
