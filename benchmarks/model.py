@@ -120,6 +120,12 @@ def count(instructions):
     return {"ops": ops, "hgmma": shapes}
 
 
+def wide_share(ops, kind):
+    """Bytes that 16-byte accesses to global memory move, of all of `kind` ("LDG" or "STG"); None without any."""
+    moved = {op: n * width(op) for op, n in ops.items() if re.match(rf"{kind}\b", op)}
+    return sum(n for op, n in moved.items() if ".128" in op) / sum(moved.values()) if moved else None
+
+
 def resident_blocks(registers, shared, warps):
     """Blocks of one kernel that an SM holds at once; registers go to warps in units of 256."""
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)

@@ -273,8 +273,10 @@ def define(op, schema, fake):
 
 
 def readable(t):
-    """Whether a tensor's values may be checked: on the CPU, or anywhere under `debug`, and only while nothing records a graph."""
-    return (t.is_cpu or debug) and type(t) is torch.Tensor and not torch.compiler.is_compiling()
+    """Whether a tensor's values may be checked: on the CPU, or anywhere under `debug`, and only while nothing records a graph or transforms it."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return (t.is_cpu or debug) and type(t) is torch.Tensor
 
 
 def distinct(*tensors):

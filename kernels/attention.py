@@ -271,7 +271,7 @@ def tanh(x):
     """libdevice's is not for every backend. Near 0, where 1 - e^-2x would cancel, an odd polynomial (3 ulp at most)."""
     z = x * x
     small = x + x * z * (-0.3333331 + z * (0.13330476 + z * (-0.053387105 + z * 0.01798873)))
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - e) / (1.0 + e)
     return tl.where(z < 0.25, small, tl.where(x < 0, -large, large))
 

@@ -6,16 +6,16 @@ Forward, per query i of a sequence whose total length (cache_lens + S_new) is L,
 
 How: decoding reads every cached byte once and does little else, so a program owns one (sequence, key head, share of the
 keys) and packs the H / H_kv query heads times S_q queries that read those keys into one tile of at least 16 rows, the
-least that the tensor cores take. It walks its share with the online softmax: with the running maximum m (base 2),
-    m' = max(m, max s);  z = z * 2^(m - m') + sum 2^(s - m');  acc = acc * 2^(m - m') + 2^(s - m') v
+least that the tensor cores take. It walks its share with the online softmax: with the running maximum m,
+    m' = max(m, max s);  z = z * e^(m - m') + sum e^(s - m');  acc = acc * e^(m - m') + e^(s - m') v
 which leaves acc and z equal to the sums taken against m'. A program writes acc, m and z (fp32, H * S_q * (D_v + 2)
 words a share); a second kernel rescales the shares to one maximum and adds them in order. Shares are cut on the device
 from cache_lens, so the host knows shapes only, and a captured graph serves growing lengths. One share needs no second
 kernel. New keys and values are written first, by a kernel of their own.
 
 Any index read from memory is clamped: a wrong length or page gives wrong numbers, never a fault; what lies past a
-length is never loaded. Scores, softmax and sums are fp32; probabilities are rounded to the cache's dtype before they
-meet the values. The scheme is Flash-Decoding's: https://pytorch.org/blog/flash-decoding/
+length is never loaded. Scores, softmax and sums are fp32, in units of log2 for 16-bit inputs and in natural ones for
+fp32, where a rounding more would show; probabilities are rounded to the cache's dtype before they meet the values. The scheme is Flash-Decoding's: https://pytorch.org/blog/flash-decoding/
 """
 
 import functools
@@ -32,6 +32,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 256
+BLOCK_T = 8  # new rows an append program copies
 
 # Rows by architecture and element width: (padded head width, tile), ascending, the first that fits. MAX_M bounds the tile of
 # packed query rows. About 64 KiB of loads in flight a program and two programs an SM; fp32 has no tensor cores when IEEE is
@@ -54,7 +55,7 @@ TILES = {
         (256, dict(MAX_M=32, BLOCK_N=32, num_warps=4, num_stages=3)),
     ],
     (90, 32): [
-        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=3)),
+        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=2)),
         (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=3)),
         (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=3)),
     ],
@@ -64,7 +65,7 @@ TILES = {
         (256, dict(MAX_M=32, BLOCK_N=32, num_warps=4, num_stages=3)),
     ],
     (100, 32): [
-        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=3)),
+        (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=2)),
         (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=3)),
         (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=3)),
     ],
@@ -107,13 +108,13 @@ def locate(table_ptr, n, offs, mask, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N
 
 
 # Sizes that change from call to call are not specialised on: being 1 or a multiple of 16 must not compile a kernel anew.
-@triton.jit(do_not_specialize=["S_new", "capacity", "num_pages"])
+@triton.jit(do_not_specialize=["S_new", "capacity", "num_pages", "page_size"])
 def attention_decode_append_kernel(
     new_ptr, lens_ptr, table_ptr, cache_ptr,
     stride_new_b, stride_new_h, stride_new_t, stride_table_b,
     stride_cache_b, stride_cache_page, stride_cache_h, stride_cache_n,
-    H_kv, S_new, capacity, num_pages,
-    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    H_kv, S_new, capacity, num_pages, page_size,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Copies BLOCK_T new rows of one (sequence, head) to their positions; what has no valid place is dropped."""
     pid = tl.program_id(0).to(tl.int64)
@@ -124,12 +125,12 @@ def attention_decode_append_kernel(
     filled = tl.load(lens_ptr + b).to(tl.int64)
     at = filled + offs_t
     mask_t = (offs_t < S_new) & (filled >= 0) & (at < capacity)
-    if PAGE_SIZE == 0:
+    if table_ptr is None:
         rows = b * stride_cache_b + at * stride_cache_n
     else:
-        page = tl.load(table_ptr + b * stride_table_b + at // PAGE_SIZE, mask=mask_t, other=0).to(tl.int64)
+        page = tl.load(table_ptr + b * stride_table_b + at // page_size, mask=mask_t, other=0).to(tl.int64)
         mask_t &= (page >= 0) & (page < num_pages)
-        rows = page * stride_cache_page + at % PAGE_SIZE * stride_cache_n
+        rows = page * stride_cache_page + at % page_size * stride_cache_n
 
     new_ptrs = (
         new_ptr + b * stride_new_b + h * stride_new_h + offs_t[:, None] * stride_new_t + offs_d[None, :]
@@ -150,7 +151,8 @@ def attention_decode_fwd_kernel(
     stride_o_b, stride_o_h, stride_o_t, stride_o_split,
     H, H_kv, S_q, S_new, capacity, num_pages, num_splits, window_left, softcap, scale,
     D: tl.constexpr, D_V: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key head, share of the keys, tile of packed query rows); row m is query m // G of head m % G."""
@@ -186,12 +188,13 @@ def attention_decode_fwd_kernel(
     q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
     k_ptr += b * stride_k_b + h_kv * stride_k_h
     v_ptr += b * stride_v_b + h_kv * stride_v_h
-    table_ptr += b * stride_table_b
+    if PAGE_SIZE != 0:
+        table_ptr += b * stride_table_b
     scale = tl.cast(scale, tl.float32)
     softcap = tl.cast(softcap, tl.float32)
     if HAS_ALIBI:
         slopes_ptrs = slopes_ptr + b * stride_slopes_b + h * stride_slopes_h
-        slope = tl.load(slopes_ptrs, mask=mask_m, other=0.0).to(tl.float32) * LOG2E
+        slope = tl.load(slopes_ptrs, mask=mask_m, other=0.0).to(tl.float32) * UNIT
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
@@ -205,10 +208,9 @@ def attention_decode_fwd_kernel(
         v = tl.load(v_ptrs, mask=mask_n[:, None] & (offs_dv < D_V)[None, :], other=0.0)
 
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = s * scale
         if HAS_SOFTCAP:
-            s = softcap * tanh(s * (scale / softcap)) * LOG2E
-        else:
-            s = s * (scale * LOG2E)
+            s = tanh(s) * softcap
         distance = position[:, None] - (n + offs_n)[None, :]
         if HAS_ALIBI:
             s -= slope[:, None] * distance.to(tl.float32)  # excluded below where negative
@@ -218,8 +220,8 @@ def attention_decode_fwd_kernel(
         s = tl.where(keep, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m - m_safe)
+        p = tl.exp2((s - m_safe[:, None]) * REST)
+        alpha = tl.exp2((m - m_safe) * REST)
         z = z * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
@@ -235,16 +237,16 @@ def attention_decode_fwd_kernel(
     else:
         sink = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         if HAS_SINKS:
-            sink = tl.load(sinks_ptr + h * stride_sinks_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2E
+            sink = tl.load(sinks_ptr + h * stride_sinks_h, mask=mask_m, other=0.0).to(tl.float32) * UNIT
         m_all = tl.maximum(m, sink)
         m_safe = tl.where(m_all == float("-inf"), 0.0, m_all)
-        w = tl.exp2(m - m_safe)
-        total = z * w + tl.exp2(sink - m_safe)
+        w = tl.exp2((m - m_safe) * REST)
+        total = z * w + tl.exp2((sink - m_safe) * REST)
         total = tl.where(
             total == 0.0, 1.0, total
         )  # no key and no sink: 0 / 1, and log2(1) beside an m of -inf
         o = acc * (w / total)[:, None]
-        tl.store(lse_ptr + row, (m_all + tl.log2(total)) * LN2, mask=mask_m)
+        tl.store(lse_ptr + row, m_all * (1.0 / UNIT) + tl.log2(total) * LN2, mask=mask_m)
         tl.store(o_ptrs, o.to(o_ptr.dtype.element_ty), mask=mask_o)
 
 
@@ -253,7 +255,8 @@ def attention_decode_combine_kernel(
     part_ptr, m_ptr, z_ptr, sinks_ptr, o_ptr, lse_ptr,
     stride_sinks_h, stride_o_b, stride_o_h, stride_o_t,
     H, S_q, num_splits,
-    D_V: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D_V: tl.constexpr, HAS_SINKS: tl.constexpr, UNIT: tl.constexpr, REST: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One query row: its shares rescaled to their common maximum and added, CHUNK at a time in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
@@ -266,12 +269,12 @@ def attention_decode_combine_kernel(
     z = tl.load(z_ptr + row * num_splits + offs_split, mask=offs_split < num_splits, other=0.0)
     m_all = tl.max(m, 0)
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + h * stride_sinks_h).to(tl.float32) * LOG2E
+        sink = tl.load(sinks_ptr + h * stride_sinks_h).to(tl.float32) * UNIT
         m_all = tl.maximum(m_all, sink)
     m_safe = tl.where(m_all == float("-inf"), 0.0, m_all)
-    total = tl.sum(z * tl.exp2(m - m_safe), 0)
+    total = tl.sum(z * tl.exp2((m - m_safe) * REST), 0)
     if HAS_SINKS:
-        total += tl.exp2(sink - m_safe)
+        total += tl.exp2((sink - m_safe) * REST)
 
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for first in range(0, num_splits, CHUNK):
@@ -279,10 +282,10 @@ def attention_decode_combine_kernel(
         m = tl.load(m_ptr + row * num_splits + offs, mask=offs < num_splits, other=float("-inf"))
         part_ptrs = part_ptr + (row * num_splits + offs)[:, None] * D_V + offs_dv[None, :]
         part = tl.load(part_ptrs, mask=(m > float("-inf"))[:, None] & mask_dv[None, :], other=0.0)
-        acc += tl.sum(part * tl.exp2(m - m_safe)[:, None], 0)
+        acc += tl.sum(part * tl.exp2((m - m_safe) * REST)[:, None], 0)
 
     total = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse_ptr + row, (m_all + tl.log2(total)) * LN2)
+    tl.store(lse_ptr + row, m_all * (1.0 / UNIT) + tl.log2(total) * LN2)
     o_ptrs = o_ptr + b * stride_o_b + h * stride_o_h + i * stride_o_t + offs_dv
     tl.store(o_ptrs, (acc / total).to(o_ptr.dtype.element_ty), mask=mask_dv)
 
@@ -314,16 +317,14 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
         (0, c.stride(0), c.stride(2), c.stride(1)) if paged else (c.stride(0), 0, c.stride(1), c.stride(2))
         for c in (k_cache, v_cache)
     ]
-    table = block_table if paged else cache_lens
     stride_table_b = block_table.stride(0) if paged else 0
     with torch.cuda.device_of(q):
         if S_new and B:
-            BLOCK_T = min(16, triton.next_power_of_2(S_new))
             for new, cache, stride, d in ((k_new, k_cache, strides[0], D), (v_new, v_cache, strides[1], D_v)):
                 attention_decode_append_kernel[(B * H_kv * triton.cdiv(S_new, BLOCK_T),)](
-                    new, cache_lens, table, cache, *new.stride()[:3], stride_table_b, *stride,
-                    H_kv, S_new, capacity, pages,
-                    d, page_size, BLOCK_T, max(16, triton.next_power_of_2(d)), num_warps=4,
+                    new, cache_lens, block_table, cache, *new.stride()[:3], stride_table_b, *stride,
+                    H_kv, S_new, capacity, pages, page_size,
+                    d, BLOCK_T, max(16, triton.next_power_of_2(d)), num_warps=4,
                 )  # fmt: skip
         if lse.numel() == 0:
             return o, lse
@@ -338,6 +339,7 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
             programs, triton.cdiv(capacity, tile["BLOCK_N"]), processors(q.device)
         )
         split = num_splits > 1
+        unit = 1.0 if q.dtype == torch.float32 else LOG2E.value  # of the logits, see the top of the file
         # A share's O goes beside the other shares of its row, which is how the combine kernel reads them.
         part = torch.empty(B, H, S_q, num_splits, D_v, dtype=torch.float32, device=q.device) if split else o
         m, z = (
@@ -348,17 +350,18 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
         slopes_strides = (0, 0) if alibi_slopes is None else (0, *alibi_slopes.stride())[-2:]
         stride_sinks_h = 0 if sinks is None else sinks.stride(0)
         attention_decode_fwd_kernel[(programs * num_splits,)](
-            q, k_cache, v_cache, cache_lens, table, alibi_slopes, sinks, part, lse, m, z,
+            q, k_cache, v_cache, cache_lens, block_table, alibi_slopes, sinks, part, lse, m, z,
             *q.stride()[:3], *strides[0], *strides[1], stride_table_b, *slopes_strides, stride_sinks_h,
             *part.stride()[:3], part.stride(3) if split else 0,
-            H, H_kv, S_q, S_new, capacity, pages, num_splits, window_left, softcap, scale,
+            H, H_kv, S_q, S_new, capacity, pages, num_splits, window_left,
+            softcap * unit, scale / softcap if softcap else scale * unit,
             D, D_v, page_size, window_left >= 0, softcap > 0.0, alibi_slopes is not None, sinks is not None, split,
-            "tf32" if allow_tf32 else "ieee", BLOCK_M, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, **tile,
+            "tf32" if allow_tf32 else "ieee", unit, LOG2E.value / unit, BLOCK_M, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, **tile,
         )  # fmt: skip
         if split:
             attention_decode_combine_kernel[(B * H * S_q,)](
                 part, m, z, sinks, o, lse, stride_sinks_h, *o.stride()[:3], H, S_q, num_splits,
-                D_v, sinks is not None, triton.next_power_of_2(num_splits), min(16, triton.next_power_of_2(num_splits)),
+                D_v, sinks is not None, unit, LOG2E.value / unit, triton.next_power_of_2(num_splits), min(16, triton.next_power_of_2(num_splits)),
                 BLOCK_DV, num_warps=4,
             )  # fmt: skip
     return o, lse

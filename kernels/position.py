@@ -26,23 +26,23 @@ import triton.language as tl
 
 from .common import row_dropout, row_dropout_scalars
 
+# Rows (widest C, tile), first fit wins. Sized for 16-byte accesses and by AOT register counts (no spill on sm_90 under
+# triton 3.6 and 3.7); no GPU has timed them, and one table serves every architecture until one has. PROGRAMS is how many
+# a launch aims at where it may choose: eight blocks on each of 132 multiprocessors, or four of the norm's wider ones.
 # fmt: off
-# Rows are (widest C, tile), first fit wins, for every architecture: sized for 16-byte accesses and 4 or more blocks a
-# multiprocessor by AOT register counts; no GPU has timed them yet. BLOCK_S is also capped by S, BLOCK_B by B.
-ADD_TILES = [
-    (32, dict(BLOCK_S=64, BLOCK_C=32, num_warps=4)),
-    (64, dict(BLOCK_S=32, BLOCK_C=64, num_warps=4)),
-    (128, dict(BLOCK_S=16, BLOCK_C=128, num_warps=4)),
-    (math.inf, dict(BLOCK_S=8, BLOCK_C=256, num_warps=4)),  # 768 is three whole tiles of 256
+ADD = [
+    (32, dict(BLOCK_S=64, BLOCK_C=32, num_warps=4, PROGRAMS=4096)),
+    (64, dict(BLOCK_S=32, BLOCK_C=64, num_warps=4, PROGRAMS=4096)),
+    (128, dict(BLOCK_S=16, BLOCK_C=128, num_warps=4, PROGRAMS=4096)),
+    (math.inf, dict(BLOCK_S=8, BLOCK_C=256, num_warps=4, PROGRAMS=4096)),  # 768 is three whole tiles of 256
 ]
-ADD_BWD_TILES = [
-    (32, dict(BLOCK_S=32, BLOCK_C=32, num_warps=2)),
-    (64, dict(BLOCK_S=16, BLOCK_C=64, num_warps=2)),
-    (128, dict(BLOCK_S=8, BLOCK_C=128, num_warps=2)),
-    (math.inf, dict(BLOCK_S=4, BLOCK_C=256, num_warps=2)),
+ADD_BACKWARD = [
+    (32, dict(BLOCK_S=32, BLOCK_C=32, num_warps=2, PROGRAMS=1024)),
+    (64, dict(BLOCK_S=16, BLOCK_C=64, num_warps=2, PROGRAMS=1024)),
+    (128, dict(BLOCK_S=8, BLOCK_C=128, num_warps=2, PROGRAMS=1024)),
+    (math.inf, dict(BLOCK_S=4, BLOCK_C=256, num_warps=2, PROGRAMS=1024)),
 ]
-# With the norm a row is one tile.
-EMBED_TILES = [
+NORM = [  # a row is one tile
     (64, dict(BLOCK_S=16, BLOCK_C=64, num_warps=4)),
     (128, dict(BLOCK_S=8, BLOCK_C=128, num_warps=4)),
     (256, dict(BLOCK_S=4, BLOCK_C=256, num_warps=4)),
@@ -51,22 +51,25 @@ EMBED_TILES = [
     (2048, dict(BLOCK_S=1, BLOCK_C=2048, num_warps=4)),
     (4096, dict(BLOCK_S=1, BLOCK_C=4096, num_warps=8)),
 ]
-EMBED_BWD_TILES = [
-    (64, dict(BLOCK_B=16, BLOCK_C=64, num_warps=4)),
-    (128, dict(BLOCK_B=8, BLOCK_C=128, num_warps=4)),
-    (256, dict(BLOCK_B=4, BLOCK_C=256, num_warps=4)),
-    (512, dict(BLOCK_B=2, BLOCK_C=512, num_warps=4)),
-    (1024, dict(BLOCK_B=1, BLOCK_C=1024, num_warps=4)),
-    (2048, dict(BLOCK_B=1, BLOCK_C=2048, num_warps=8)),
-    (4096, dict(BLOCK_B=1, BLOCK_C=4096, num_warps=8)),
+NORM_BACKWARD = [
+    (64, dict(BLOCK_B=16, BLOCK_C=64, num_warps=4, PROGRAMS=512)),
+    (128, dict(BLOCK_B=8, BLOCK_C=128, num_warps=4, PROGRAMS=512)),
+    (256, dict(BLOCK_B=4, BLOCK_C=256, num_warps=4, PROGRAMS=512)),
+    (512, dict(BLOCK_B=2, BLOCK_C=512, num_warps=4, PROGRAMS=512)),
+    (1024, dict(BLOCK_B=1, BLOCK_C=1024, num_warps=4, PROGRAMS=512)),
+    (2048, dict(BLOCK_B=1, BLOCK_C=2048, num_warps=8, PROGRAMS=512)),
+    (4096, dict(BLOCK_B=1, BLOCK_C=4096, num_warps=8, PROGRAMS=512)),
 ]
-SEGMENT_TILES = [
+SEGMENTS = [
     (64, dict(BLOCK_C=64, num_warps=1)),
     (128, dict(BLOCK_C=128, num_warps=1)),
     (math.inf, dict(BLOCK_C=256, num_warps=1)),
 ]
+PARTIALS = [  # by the number of partial sums
+    (8, dict(BLOCK_G=8, BLOCK_R=256, num_warps=4)),
+    (math.inf, dict(BLOCK_G=32, BLOCK_R=64, num_warps=4)),
+]
 # fmt: on
-PROGRAMS = 1024  # backward programs aimed at: about eight blocks on each of 132 multiprocessors
 CHUNK = 16  # sorted rows that a program of segment_sum_kernel adds, one after the other
 
 
@@ -168,7 +171,7 @@ def add_positional_encoding_bwd_kernel(
     scale = tl.cast(scale, tl.float32)
 
     acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for b in range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B)):
+    for b in tl.range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B), num_stages=3):
         dy = tl.load(dy_ptr + b * stride_dy_b + offs_dy, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             dy = row_dropout(dy, seed_ptr, b * S + s, col0, threshold, rescale)
@@ -270,7 +273,7 @@ def embeddings_bwd_kernel(
     db = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for s in range(s_first, tl.minimum(s_first + seq_step, S)):
         acc = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-        for b0 in range(b_first, b_end, BLOCK_B):
+        for b0 in tl.range(b_first, b_end, BLOCK_B, num_stages=3):
             b = b0 + tl.arange(0, BLOCK_B)
             rows = b * S + s
             mask = (b < b_end)[:, None] & mask_c[None, :]
@@ -346,7 +349,7 @@ def segment_sum_kernel(
     j_end = tl.minimum(j_first + CHUNK, M)
 
     acc = tl.zeros((1, BLOCK_C), tl.float32)
-    for j in range(j_first, j_end):
+    for j in tl.range(j_first, j_end, num_stages=3):
         v = clamped(tl.load(sorted_ptr + j), V)
         after = tl.load(sorted_ptr + j + 1, mask=j + 1 < M, other=-1)
         after = tl.where(j + 1 < M, clamped(after, V), -1)
@@ -402,7 +405,7 @@ def segment_join_kernel(
         tl.store(out_ptr + v * C + cols, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def add_positional_encoding_fwd(x, table, position_ids, seed, offset, scale, dropout_p):
+def add_positional_encoding_fwd(x, table, position_ids, seed, offset, scale, dropout_p, config=None):
     """y of x (..., S, C), table (P, C) or None, position_ids broadcastable to (..., S) or None, seed (2,) int64 or None."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -410,9 +413,9 @@ def add_positional_encoding_fwd(x, table, position_ids, seed, offset, scale, dro
     B, S, C = _batched(x).shape
     ids = _batched_ids(position_ids, x.shape[:-1])
     table = _unit_stride(table)
-    tile = _tile(ADD_TILES, C, BLOCK_S=S)
+    tile, programs = _tile(ADD, C, config, BLOCK_S=S)
     tiles = triton.cdiv(S, tile["BLOCK_S"]) * triton.cdiv(C, tile["BLOCK_C"])
-    batch_step = min(max(B * tiles // (4 * PROGRAMS), 1), 16)  # b that share one encoding
+    batch_step = min(max(B * tiles // programs, 1), 16)  # b that share one encoding
     step = round(2 * math.log2(10000) / C * 2**56)
     with torch.cuda.device_of(x):
         add_positional_encoding_fwd_kernel[(tiles * triton.cdiv(B, batch_step),)](
@@ -423,15 +426,18 @@ def add_positional_encoding_fwd(x, table, position_ids, seed, offset, scale, dro
     return y
 
 
-def add_positional_encoding_bwd(dy, table, position_ids, seed, offset, scale, dropout_p, x_grad, table_grad):
+def add_positional_encoding_bwd(
+    dy, table, position_ids, seed, offset, scale, dropout_p, x_grad, table_grad, config=None
+):
     """(dx, dtable) for dy (..., S, C) and what forward took; an unwanted one is empty."""
     dx = torch.empty(dy.shape if x_grad else 0, dtype=dy.dtype, device=dy.device)
     if dy.numel() == 0:
-        return dx, torch.zeros_like(table) if table_grad else dx.new_empty(0)
+        return dx, _zeros(table) if table_grad else dx.new_empty(0)
     ids = _batched_ids(position_ids, dy.shape[:-1])
     with torch.cuda.device_of(dy):
         wanted = dx if x_grad else None
-        dtable = _batch_sums(dy, wanted, table if table_grad else None, ids, seed, offset, scale, dropout_p)
+        summed = table if table_grad else None
+        dtable = _batch_sums(dy, wanted, summed, ids, seed, offset, scale, dropout_p, config)
     return dx, dx.new_empty(0) if dtable is None else dtable
 
 
@@ -450,7 +456,7 @@ def embeddings_fwd(
     ids, tables, strides, sizes = _lookups(
         input_ids, type_ids, position_ids, token_table, type_table, position_table
     )
-    tile = _tile(ADD_TILES if norm_weight is None else EMBED_TILES, C, BLOCK_S=S)
+    tile, _ = _tile(ADD if norm_weight is None else NORM, C, None, BLOCK_S=S)
     grid = (M // S * triton.cdiv(S, tile["BLOCK_S"]) * triton.cdiv(C, tile["BLOCK_C"]),)
     with torch.cuda.device_of(y):
         embeddings_fwd_kernel[grid](
@@ -462,7 +468,7 @@ def embeddings_fwd(
 
 def embeddings_bwd(
     dy, input_ids, type_ids, position_ids, token_table, type_table, position_table, norm_weight, norm_bias,
-    mean, rstd, seed, padding_idx, dropout_p, token_grad, type_grad, position_grad, norm_grad,
+    mean, rstd, seed, padding_idx, dropout_p, token_grad, type_grad, position_grad, norm_grad, config=None,
 ):  # fmt: skip
     """(dtoken, dtype, dposition, dweight, dbias) for dy (..., S, C) and what forward took; an unwanted one is empty.
 
@@ -480,17 +486,19 @@ def embeddings_bwd(
         if norm_weight is None and position_grad:
             dposition = _batch_sums(dy, None, position_table, row_positions, seed, 0, 1.0, dropout_p)
         if norm_weight is not None:
-            dx, dx_seed = torch.empty(B, S, C, dtype=token_table.dtype, device=dy.device), None
+            dx_seed = None
             ids, tables, strides, sizes = _lookups(
                 input_ids, type_ids, position_ids, token_table, type_table, position_table
             )
-            tile = _tile(EMBED_BWD_TILES, C, BLOCK_B=B)
-            seq_step = triton.cdiv(S, PROGRAMS // 2)
+            tile, programs = _tile(NORM_BACKWARD, C, config, BLOCK_B=B)
+            seq_step = triton.cdiv(S, programs)
             groups = triton.cdiv(S, seq_step)
-            # A chunk's sums are S * C fp32: at B / 8 chunks a tenth of what the rows themselves are.
-            chunks, batch_step = _chunks(B, min(PROGRAMS // 2 // groups, B // 8))
             summed = position_table if position_grad and _shared(row_positions) else None
+            # A chunk's sums are S * C fp32: at B / 8 chunks a tenth of what the rows themselves are.
+            chunks, batch_step = _chunks(B, min(programs // groups, B if summed is None else B // 8))
             dposition, sums = _position_sums(summed, row_positions, 0, chunks, S)
+            rows_wanted = token_grad or type_grad or (position_grad and sums is None)
+            dx = torch.empty(B, S, C, dtype=token_table.dtype, device=dy.device) if rows_wanted else None
             norm_sums = torch.empty(chunks * groups, 2, C, dtype=torch.float32, device=dy.device)
             embeddings_bwd_kernel[(chunks * groups,)](
                 _batched(dy), *ids, *tables, _unit_stride(norm_weight), mean, rstd, dx, sums, norm_sums, seed,
@@ -514,13 +522,13 @@ def embeddings_bwd(
     return dtoken, dtype, dy.new_empty(0) if dposition is None else dposition, dweight, dbias
 
 
-def _batch_sums(dy, dx, table, ids, seed, offset, scale, dropout_p):
+def _batch_sums(dy, dx, table, ids, seed, offset, scale, dropout_p, config=None):
     """Fill dx = scale * dropout(dy), if there is one, and return the gradient of the table that was added, if any."""
     B, S, C = _batched(dy).shape
-    tile = _tile(ADD_BWD_TILES, C, BLOCK_S=S)
+    tile, programs = _tile(ADD_BACKWARD, C, config, BLOCK_S=S)
     tiles = triton.cdiv(S, tile["BLOCK_S"]) * triton.cdiv(C, tile["BLOCK_C"])
     shared = table is not None and _shared(ids)
-    chunks, batch_step = _chunks(B, min(PROGRAMS // tiles, B // 32 if shared else B))
+    chunks, batch_step = _chunks(B, min(programs // tiles, B // 32 if shared else B))
     dtable, sums = _position_sums(table if shared else None, ids, offset, chunks, S)
     if dx is not None or shared:
         add_positional_encoding_bwd_kernel[(tiles * chunks,)](
@@ -563,7 +571,7 @@ def _finish_positions(dtable, sums, ids, offset):
 def _add_up(partials, out):
     """out (R numbers) = the sum of partials (G, R) fp32 over G."""
     G, R = partials.shape
-    tile = dict(BLOCK_G=32, BLOCK_R=64) if G > 8 else dict(BLOCK_G=8, BLOCK_R=256)
+    tile, _ = _tile(PARTIALS, G)
     sum_partials_kernel[(triton.cdiv(R, tile["BLOCK_R"]),)](partials, out, partials.stride(0), G, R, **tile)
     return out
 
@@ -576,7 +584,7 @@ def _segment_sums(dtable, dx, ids, seed=None, dropout_p=0.0, skip=-1):
     keys, order = torch.sort(ids.reshape(-1).to(torch.int32), stable=True)
     chunks = triton.cdiv(M, CHUNK)
     partials = torch.empty(chunks, 2, C, dtype=torch.float32, device=dx.device)
-    tile = _tile(SEGMENT_TILES, C)
+    tile, _ = _tile(SEGMENTS, C)
     tiles = triton.cdiv(C, tile["BLOCK_C"])
     segment_sum_kernel[(chunks * tiles,)](
         dx, keys, order, dtable, partials, seed, *dx.stride(), M, C, dtable.shape[0], skip,
@@ -598,11 +606,11 @@ def _lookups(input_ids, type_ids, position_ids, token_table, type_table, positio
     return (input_ids.contiguous(), types, positions), tables, strides, tuple(map(_rows, tables))
 
 
-def _tile(rows, C, **sizes):
-    """The first tile whose limit holds C, its blocks no longer than the dims they cut."""
-    tile = dict(next(tile for limit, tile in rows if limit >= C))
-    tile.update({block: min(tile[block], triton.next_power_of_2(size)) for block, size in sizes.items()})
-    return tile
+def _tile(rows, width, config=None, **sizes):
+    """(tile, PROGRAMS): `config`, else the first of rows whose limit holds width; a block over a dim of size 1 is 1."""
+    tile = dict(config or next(tile for limit, tile in rows if limit >= width))
+    tile.update({block: 1 for block, size in sizes.items() if size == 1})
+    return tile, tile.pop("PROGRAMS", None)
 
 
 def _chunks(B, wanted):

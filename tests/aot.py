@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of what the launchers ask for, for GPUs that are not there, and what the code then costs.
 
     python tests/aot.py --update [-- pytest arguments]   run the tests, rewrite the list of specialisations
-    python tests/aot.py --budgets                        compile, rewrite the budgets: after a kernel changed on purpose
+    python tests/aot.py --budgets                        compile, rewrite budgets and census: after a kernel changed on purpose
     python tests/aot.py --report FILE [--all]            compile, write what each kernel costs to FILE; --all: every listed
                                                          specialisation instead of a choice that covers
 
@@ -19,6 +19,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -36,11 +37,12 @@ from torch._subclasses import FakeTensorMode
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "tests")) if p not in sys.path]
 
-import launches
+import launches  # noqa: E402
 
-from fastattn.benchmarks import model
+from fastattn.benchmarks import model  # noqa: E402
 
 BUDGETS = ROOT / "tests" / "data" / "resources.json"
+CENSUS = ROOT / "tests" / "data" / "census.json"
 SECOND_TRITON = ROOT / ".triton-3.6"
 TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
@@ -87,8 +89,13 @@ def pretended_gpu(target, processors):
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
     }
-    before = {name: getattr(torch.cuda, name) for name in replaced}, torch.version.hip
+    before = (
+        {name: getattr(torch.cuda, name) for name in replaced},
+        torch.version.hip,
+        torch.Tensor.__getitem__,
+    )
     try:
+        torch.Tensor.__getitem__ = basic_index
         for name, function in replaced.items():
             setattr(torch.cuda, name, function)
         torch.version.hip = "6.0" if hip else None
@@ -97,7 +104,23 @@ def pretended_gpu(target, processors):
     finally:
         for name, function in before[0].items():
             setattr(torch.cuda, name, function)
-        torch.version.hip = before[1]
+        torch.version.hip, torch.Tensor.__getitem__ = before[1:]
+
+
+def basic_index(t, key):
+    """t[key] for slices, numbers and None: torch's own enters a device guard, which a CPU build lacks."""
+    keys = key if isinstance(key, tuple) else (key,)
+    dim = 0
+    for k in keys:
+        if k is Ellipsis:
+            dim = t.dim() - sum(other is not None for other in keys[keys.index(k) + 1 :])
+        elif k is None:
+            t, dim = t.unsqueeze(dim), dim + 1
+        elif isinstance(k, slice):
+            t, dim = torch.ops.aten.slice(t, dim, k.start, k.stop, k.step or 1), dim + 1
+        else:
+            t = t.select(dim, k)
+    return t
 
 
 Spec = collections.namedtuple("Spec", "target key alignment fn signature constexprs attrs options shipped")
@@ -224,14 +247,62 @@ def plan(everything, target_names):
         elif target == "sm_90":
             picked = [*covering(made, 2), *(aligned(s, False) for s in covering(made, 1))]
         else:
-            picked = covering(made, 1)
+            big, picked = [], covering(unique([*made, *big]), 1)
         chosen += unique([*big, *picked])
     return chosen, total, stale
 
 
 def shipped_calls():
     """Launcher calls at sizes that people run, which reach every row of every tile table; budgets and gates are about these."""
-    return []
+    from fastattn.kernels import layer_norm, position, softmax
+
+    calls = []
+    for letter, D, causal in [("b", 64, 0), ("b", 64, 1), ("b", 128, 0), ("b", 128, 1), ("b", 256, 0), ("b", 256, 1),
+                              ("h", 64, 1), ("h", 128, 0), ("f", 64, 0), ("f", 128, 0), ("f", 256, 0)]:  # fmt: skip
+        q, lse = tensor(letter, 4, 16, 4096, D), tensor("f", 4, 16, 4096)
+        rules = [None] * 9 + [4096, 4096, causal, -1, -1, 0.0, 0.0, D**-0.5, False]
+        calls.append(["attention.attention_fwd", q, q, q, *rules])
+        calls.append(["attention.attention_bwd", q, None, q, q, q, q, lse, *rules, False, False])
+    for letter, D in itertools.product("bf", (64, 128, 256)):
+        q, cache, lens = tensor(letter, 16, 32, 1, D), tensor(letter, 16, 8, 8192, D), tensor("i", 16)
+        calls.append(["attention_decode.attention_decode_fwd", q, cache, cache, lens, *[None] * 5, -1, -1, 0.0, D**-0.5, 0,
+                      False])  # fmt: skip
+    for N in widths(layer_norm.FORWARD, layer_norm.BACKWARD):
+        x, w, stat = tensor("b", 8192, N), tensor("f", N), tensor("f", 8192)
+        calls.append(["layer_norm.layer_norm_fwd", x, w, w, 1e-5, False, {"dtype": "b"}])
+        calls.append(["layer_norm.layer_norm_bwd", x, x, w, stat, stat, True, True, False])
+        calls.append(
+            ["layer_norm.add_layer_norm_fwd", x, x, w, w, None, 1e-5, 0.0, False, True, {"dtype": "b"}]
+        )
+    for N in widths(softmax.FORWARD, softmax.BACKWARD):
+        x = tensor("b", 8192, N)
+        calls.append(["softmax.softmax_fwd", x, -1, False, {"dtype": "b"}])
+        calls.append(["softmax.softmax_bwd", x, x, -1, False, {"dtype": "b"}])
+    for C in widths(position.ADD_TILES, position.ADD_BWD_TILES):
+        x, table = tensor("b", 16, 1024, C), tensor("b", 2048, C)
+        for learned in (table, None):
+            calls.append(["position.add_positional_encoding_fwd", x, learned, None, None, 0, 1.0, 0.0])
+            calls.append(["position.add_positional_encoding_bwd", x, learned, None, None, 0, 1.0, 0.0, True,
+                          learned is not None])  # fmt: skip
+    for C in widths(position.EMBED_TILES, position.EMBED_BWD_TILES)[:-1]:  # wider rows are refused
+        ids, dy, w, stat = tensor("l", 16, 512), tensor("b", 16, 512, C), tensor("f", C), tensor("f", 8192)
+        tables = [tensor("b", 30522, C), tensor("b", 2, C), tensor("b", 512, C), w, w]
+        calls.append(["position.embeddings_fwd", ids, ids, None, *tables, None, 1e-12, 0.0])
+        calls.append(["position.embeddings_bwd", dy, ids, ids, None, *tables, stat, stat, None, 0, 0.0, True, True, True,
+                      True])  # fmt: skip
+    return calls
+
+
+def tensor(letter, *shape):
+    """A contiguous tensor as a call of a launcher notes it."""
+    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return {"tensor": letter, "shape": list(shape), "stride": stride}
+
+
+def widths(*tables):
+    """A width for each row of tables of (limit, tile), and one beyond the last."""
+    limits = {limit for table in tables for limit, _ in table if limit != math.inf}
+    return [*sorted(limits), 2 * max(limits)]
 
 
 def compile_one(spec):
@@ -381,6 +452,34 @@ def budgets_of(report):
     return table
 
 
+def census_of(report):
+    """{key: what a static gate watches} of the shipped kernels for sm_90: the hot loop, or the width of memory accesses."""
+    table = {}
+    for cost in report["costs"]:
+        if "sass" not in cost:
+            continue
+        ops, loop, warps = cost["sass"]["all"], cost["sass"]["loop"], cost["warps"]
+        row = {
+            "wide loads": model.wide_share(ops, "LDG"),
+            "wide stores": model.wide_share(ops, "STG"),
+            "warps an SM": warps * model.resident_blocks(cost["registers"], cost["shared"], warps),
+        }
+        if loop and loop["hgmma"]:
+            block_m, block_n = (int(re.search(rf"BLOCK_{d}=(\d+)", cost["key"])[1]) for d in "MN")
+            unit, share = model.loop_step(loop, warps).bound()
+            row = {
+                "instructions an element": sum(loop["ops"].values()) * 32 * warps / (block_m * block_n),
+                "hgmma": loop["hgmma"],
+                "exp2": loop["ops"].get("MUFU.EX2", 0),
+                "waits": loop["ops"].get("WARPGROUP.DEPBAR.LE", 0),
+                "tensor share": share,
+                "bound": unit,
+                "warps an SM": row["warps an SM"],
+            }
+        table[cost["key"]] = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+    return table
+
+
 def update_budgets():
     """Compiles with this triton, and the shipped rows with the one in .triton-3.6 where it lies; writes both tables."""
     tables = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
@@ -403,6 +502,8 @@ def update_budgets():
         ]
         lines.append(f" {json.dumps(version)}: {{\n" + ",\n".join(rows) + "\n }")
     BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    rows = [f" {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(census_of(reports[0]).items())]
+    CENSUS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 def update_list(arguments):

@@ -244,15 +244,15 @@ def test_attention_masks_stay_small(monkeypatch):
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_a_query_with_nothing_to_attend_to_gives_zero(name):
     """torch 2.13: the same with need_weights=False; NaN with weights and in its inference kernel."""
-    ours, stock = pair("MultiheadAttention", E, H, batch_first=True)
-    x = torch.randn(N, L, E, requires_grad=True)
+    ours, stock = pair("MultiheadAttention", 32, 2, batch_first=True)
+    x = torch.randn(N, L, 32, requires_grad=True)
     padding = torch.tensor([[True] * L, [False] * L])
     with fastattn.use_backend(name):
         y = ours(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         torch.testing.assert_close(y, stock(x, x, x, key_padding_mask=padding, need_weights=False)[0])
         y, weights = ours(x, x, x, key_padding_mask=padding)
         y.sum().backward()
-    assert torch.equal(y[0], ours.out_proj.bias.expand(L, E)) and not weights[0].any() and not x.grad[0].any()
+    assert torch.equal(y[0], ours.out_proj.bias.expand(L, 32)) and not weights[0].any() and not x.grad[0].any()
     assert stock(x, x, x, key_padding_mask=padding)[0][0].isnan().all()
 
 
@@ -443,12 +443,12 @@ def test_autocast_gives_torchs_dtypes(name):
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer"])
 def test_through_triton(name):
     """Masked, forward and backward: every tensor within 2 x torch's own error against float64."""
-    args, (n, kwargs) = (16, 2), (3, dict(key_padding_mask=bool_padding(), need_weights=False))
+    args, (n, kwargs) = (32, 2), (3, dict(key_padding_mask=bool_padding(), need_weights=False))
     if name == "TransformerEncoderLayer":
-        args, (n, kwargs) = (16, 2, 24, 0.0), (1, dict(src_key_padding_mask=bool_padding()))
+        args, (n, kwargs) = (32, 2, 24, 0.0), (1, dict(src_key_padding_mask=bool_padding()))
     for dtype in (torch.float16, torch.bfloat16):
         ours, stock = pair(name, *args, batch_first=True, dtype=dtype)
-        x = torch.randn(N, S, 16, dtype=dtype)
+        x = torch.randn(N, S, 32, dtype=dtype)
         with fastattn.use_backend("triton"):
             got = outputs_and_gradients(ours, (x,) * n, kwargs)
         base, exact = (

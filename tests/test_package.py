@@ -65,6 +65,14 @@ def fresh(tmp_path):
     hub = site / "kernels"
     hub.mkdir()
     (hub / "__init__.py").write_text("FROM = 'PyPI'\n")
+    # The real one also takes part in every build that runs beside it.
+    (hub / "locking.py").write_text("def write_egg_lockfile(command, basename, filename): pass\n")
+    info = site / "kernels-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[egg_info.writers]\nkernels.lock = kernels.locking:write_egg_lockfile\n"
+    )
     return executable
 
 

@@ -175,6 +175,7 @@ def _torch_attention_decode(
     if not math.prod(q.shape[:3]):
         return q.new_empty(*q.shape[:3], v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     if pages is not None:
+        pages = pages[:, : None if len(k_cache) else 0]
         k_cache, v_cache = (c[pages].flatten(1, 2).transpose(1, 2) for c in (k_cache, v_cache))
     extras = (None, None, alibi_slopes, sinks, None, lens, None, None)
     return _torch_attention(q, k_cache, v_cache, extras, options, return_lse, False)[:2]

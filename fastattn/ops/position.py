@@ -100,10 +100,13 @@ def embeddings(
         y = _stock_embeddings(input_ids, type_ids, position_ids, *tables, eps, padding_idx)
         return F.dropout(y, dropout_p) if dropout_p else y
     seed = _draw_seed(token_table) if dropout_p else None
-    arguments = (input_ids, type_ids, position_ids, *tables, seed, eps, dropout_p)
+    ids = (input_ids, type_ids, position_ids)
     if backend.needs_grad(*tables):
-        return _Embeddings.apply(*arguments, padding_idx, chosen)
-    return backend.run("embeddings_fwd", chosen, OP, *arguments)[0]
+        tensors = (*ids, *tables)
+        if torch.compiler.is_compiling():
+            tensors = backend.distinct(*tensors)
+        return _Embeddings.apply(*tensors, seed, eps, dropout_p, padding_idx, chosen)
+    return backend.run("embeddings_fwd", chosen, OP, *ids, *tables, seed, eps, dropout_p)[0]
 
 
 def _check_dropout(name, dropout_p):
