@@ -208,6 +208,8 @@ def plain_why_not(*tensors):
             continue
         if not (compiling or type(t) in (torch.Tensor, torch.nn.Parameter) or traceable(t)):
             return f"a {type(t).__name__} has no storage of its own that a kernel could read"
+        if t.layout != torch.strided or t.is_nested:
+            return "a sparse or nested tensor is not one block of strided memory"
         if t.dtype not in TRITON_DTYPES and t.dtype.is_floating_point or t.dtype.is_complex:
             return f"dtype {t.dtype} is not float16, bfloat16 or float32"
         if t.device != first.device:
@@ -287,6 +289,23 @@ def distinct(*tensors):
     return seen
 
 
+def autocast_devices(op):
+    """Device types on which autocast widens the torch op of this name ("softmax.int") to fp32, as its dispatcher knows."""
+    return frozenset(
+        device
+        for device in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", f"Autocast{device.upper()}")
+    )
+
+
+def autocast_dtype(devices, x):
+    """The dtype in which torch's op returns its result for x: fp32 under an autocast that widens it, else x's own."""
+    device = x.device.type
+    if device in devices and torch.is_autocast_enabled(device) and x.dtype in TRITON_DTYPES:
+        return torch.float32
+    return x.dtype
+
+
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -301,6 +320,8 @@ def composite_backward(function, inputs, grads):
     wanted = [i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():  # a backward that is not itself differentiated runs without it
+        # Views, so that an input computed from another one (or by this very op) does not send its gradient on to it.
+        inputs = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
         outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]

@@ -90,11 +90,13 @@ def warmup(device=None):
         )
 
 
-def layer_norm_why_not(x, weight, bias):
-    """Beyond `why_not`: weight and bias of one dtype, x's or float32, and contiguous."""
+def layer_norm_why_not(x, weight, bias, dtype, residual=None):
+    """Beyond `why_not`: y in x's dtype; weight and bias of one dtype, x's or float32, and contiguous."""
     reason = why_not(x, weight, bias)
     if reason is not None:
         return reason
+    if dtype != x.dtype:
+        return f"the result is wanted in {dtype}, only x's own {x.dtype} is written"
     parameters = [t for t in (weight, bias) if t is not None]
     dtypes = {t.dtype for t in parameters}
     if len(dtypes) > 1 or dtypes - {x.dtype, torch.float32}:
@@ -104,9 +106,13 @@ def layer_norm_why_not(x, weight, bias):
     return None
 
 
-def layer_norm_fwd(x, weight, bias, eps):
-    """LayerNorm of the rows of x (M, N), of any strides -> y (M, N) in x's dtype, mean (M,), rstd (M,) in fp32."""
+def layer_norm_fwd(x, weight, bias, eps, rms=False, dtype=None):
+    """LayerNorm of the rows of x (..., N), of any strides -> y like x, contiguous, mean (M,), rstd (M,) in fp32.
+
+    rms and dtype are the op's; layer_norm_why_not has refused all but False and x's dtype.
+    """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = x.new_empty((2, x.shape[0]), dtype=torch.float32).unbind()
-    extension().layer_norm_fwd(x, weight, bias, y, mean, rstd, eps)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # a copy where the leading dims do not merge
+    mean, rstd = x.new_empty((2, rows.shape[0]), dtype=torch.float32).unbind()
+    extension().layer_norm_fwd(rows, weight, bias, y.view(rows.shape), mean, rstd, eps)
     return y, mean, rstd

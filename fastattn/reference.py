@@ -207,15 +207,15 @@ def rms_norm(x, normalized_shape, weight=None, eps=None):
     return y if weight is None else y * weight
 
 
-def add_norm(norm, x, residual, *affine, dropout_p=0.0, seed=None, **options):
-    """r = residual + dropout(x), y = norm(r, ...) -> (y, r): what add_layer_norm and add_rms_norm compute."""
-    dropped = (
-        x * dropout_mask(seed, (x.numel() // x.shape[-1], x.shape[-1]), dropout_p).to(x).view_as(x)
-        if dropout_p
-        else x
-    )
-    r = residual + dropped
-    return norm(r, *affine, **options), r
+def add_norm(norm, x, residual, normalized_shape, *affine, dropout_p=0.0, seed=None, **options):
+    """r = residual + dropout(x), y = norm(r, ...) -> (y, r): what add_layer_norm and add_rms_norm compute.
+
+    The dropout's rows are the norm's: (M, N) with N the product of normalized_shape.
+    """
+    N = math.prod(normalized_shape)
+    mask = dropout_mask(seed, (x.numel() // N, N), dropout_p).to(x).view_as(x) if dropout_p else 1.0
+    r = residual + x * mask
+    return norm(r, normalized_shape, *affine, **options), r
 
 
 def add_layer_norm(x, residual, normalized_shape, weight=None, bias=None, eps=1e-5, **options):

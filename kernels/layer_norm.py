@@ -347,9 +347,9 @@ def multiprocessors(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
-def layer_norm_fwd(x, weight, bias, eps, rms=False, dtype=None):
-    """(y, mean, rstd) of x (..., N); y contiguous in dtype (default x's), mean and rstd (M,) fp32, mean (0,) where rms."""
-    y, _, mean, rstd = _forward(x, None, weight, bias, None, eps, 0.0, rms, False, dtype or x.dtype)
+def layer_norm_fwd(x, weight, bias, eps, rms, dtype):
+    """(y, mean, rstd) of x (..., N); y contiguous in dtype, mean and rstd (M,) fp32, mean (0,) where rms."""
+    y, _, mean, rstd = _forward(x, None, weight, bias, None, eps, 0.0, rms, False, dtype)
     return y, mean, rstd
 
 
@@ -380,7 +380,7 @@ def _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, dty
     return y, r if keep_sum else r.new_empty(0), mean, rstd
 
 
-def layer_norm_bwd(dy, x, weight, mean, rstd, bias_grad, weight_grad=True, rms=False):
+def layer_norm_bwd(dy, x, weight, mean, rstd, weight_grad, bias_grad, rms):
     """(dx, dweight, dbias): dx contiguous in x's dtype, the others in weight's (fp32 without one), (0,) if not wanted."""
     weight_grad = weight_grad and weight is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -390,7 +390,7 @@ def layer_norm_bwd(dy, x, weight, mean, rstd, bias_grad, weight_grad=True, rms=F
     return dx, dweight, dbias
 
 
-def add_layer_norm_bwd(dy, dr, r, weight, mean, rstd, seed, dropout_p, bias_grad, weight_grad, rms, dtype):
+def add_layer_norm_bwd(dy, dr, r, weight, mean, rstd, seed, dropout_p, weight_grad, bias_grad, rms, dtype):
     """(dx in dtype, dresidual in r's, dweight, dbias); dr is what came for r itself, or None.
 
     dx is (0,) where it would be dresidual over again: no dropout, one dtype.

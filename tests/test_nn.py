@@ -252,7 +252,9 @@ def test_a_query_with_nothing_to_attend_to_gives_zero(name):
         torch.testing.assert_close(y, stock(x, x, x, key_padding_mask=padding, need_weights=False)[0])
         y, weights = ours(x, x, x, key_padding_mask=padding)
         y.sum().backward()
-    assert torch.equal(y[0], ours.out_proj.bias.expand(L, 32)) and not weights[0].any() and not x.grad[0].any()
+    assert (
+        torch.equal(y[0], ours.out_proj.bias.expand(L, 32)) and not weights[0].any() and not x.grad[0].any()
+    )
     assert stock(x, x, x, key_padding_mask=padding)[0][0].isnan().all()
 
 

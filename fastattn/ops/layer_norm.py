@@ -1,87 +1,279 @@
-"""Layer normalisation: the public function, its torch ops, its gradient, and which backends can serve it."""
+"""Layer and RMS normalisation, alone or after a residual add with dropout: public functions, torch ops, gradients, backends."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend, cuda
+from fastattn import backend, cuda, reference
 
 OP = "layer_norm"
+WIDENED = {name: backend.autocast_devices(name) for name in ("layer_norm", "rms_norm")}
 
 
-def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last len(normalized_shape) dims (arXiv 1607.06450).
 
-    x: (..., *normalized_shape), fp16, bf16 or fp32; weight, bias: normalized_shape, x's dtype or fp32. Mean and biased
-    variance are fp32. Returns x's shape and dtype. Raises as torch.nn.functional.layer_norm does.
+    x: (..., *normalized_shape), fp16, bf16 or fp32, any strides; weight, bias: normalized_shape, x's dtype or another, e.g.
+    fp32 beside 16 bits. Mean and biased variance are fp32. Returns x's shape and dtype; under an autocast that widens
+    torch's layer_norm (on CUDA) fp32, which out_dtype="input" declines. Raises RuntimeError where torch's function does.
     """
-    normalized_shape = _checked(x, normalized_shape, weight, bias)
-    chosen = backend.choose(OP, WHY_NOT, x, weight, bias, inductor_fuses=True)
+    return _norm("layer_norm", x, normalized_shape, weight, bias, eps, out_dtype)
+
+
+def rms_norm(x, normalized_shape, weight=None, eps=None, *, out_dtype=None):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last len(normalized_shape) dims (arXiv 1910.07467).
+
+    eps: by default, as in torch, the machine epsilon of the dtype computed in (fp32 for 16-bit x). All else as in layer_norm.
+    """
+    return _norm("rms_norm", x, normalized_shape, weight, None, eps, out_dtype)
+
+
+def add_layer_norm(x, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0, prenorm=False,
+                   out_dtype=None):  # fmt: skip
+    """r = residual + dropout(x), y = layer_norm(r): returns y, or (y, r) with prenorm, where r is the next block's residual.
+
+    x, residual: (..., *normalized_shape); residual, and with it r, may be fp32 beside a 16-bit x. y has x's dtype (autocast
+    and out_dtype as in layer_norm). dropout_p in [0, 1] is rounded to a multiple of 2^-16; the mask is drawn from torch's
+    generator, redrawn in backward and never stored. Raises ValueError or RuntimeError naming the argument.
+    """
+    return _add_norm(
+        "layer_norm", x, residual, normalized_shape, weight, bias, eps, dropout_p, prenorm, out_dtype
+    )
+
+
+def add_rms_norm(x, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, prenorm=False,
+                 out_dtype=None):  # fmt: skip
+    """r = residual + dropout(x), y = rms_norm(r): returns y, or (y, r) with prenorm. All else as in add_layer_norm."""
+    return _add_norm(
+        "rms_norm", x, residual, normalized_shape, weight, None, eps, dropout_p, prenorm, out_dtype
+    )
+
+
+def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
+    normalized_shape = _checked(name, x, normalized_shape, weight, bias, out_dtype)
+    dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[name], x)
+    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, inductor_fuses=True)
     if chosen == "torch":
-        return F.layer_norm(x, normalized_shape, weight, bias, eps)
-    rows = x.reshape(-1, math.prod(normalized_shape))
+        return _stock(name, x, normalized_shape, weight, bias, eps, dtype)
+    rms, eps = name == "rms_norm", _default_eps(eps, x)
+    rows, weight, bias = _flattened(normalized_shape, x, weight, bias)
     if backend.needs_grad(x, weight, bias):
-        return _LayerNorm.apply(rows, weight, bias, eps, chosen).view(x.shape)
-    return backend.run("layer_norm_fwd", chosen, OP, rows, weight, bias, eps)[0].view(x.shape)
+        y = _Norm.apply(rows, weight, bias, eps, rms, dtype, chosen)
+    else:
+        y = backend.run("layer_norm_fwd", chosen, OP, rows, weight, bias, eps, rms, dtype)[0]
+    return y if len(normalized_shape) == 1 else y.view(x.shape)
 
 
-def _checked(x, normalized_shape, weight, bias):
+def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p, prenorm, out_dtype):
+    name = f"add_{norm}"
+    normalized_shape = _checked(name, x, normalized_shape, weight, bias, out_dtype)
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(
+            f"{name}: residual is {tuple(residual.shape)} on {residual.device}, must be like x, {tuple(x.shape)} on {x.device}"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name}: dropout_p is {dropout_p}, must lie in [0, 1]")
+    dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[norm], x)
+    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, residual)
+    if chosen == "torch":
+        r = (residual + F.dropout(x, dropout_p)).to(residual.dtype)
+        y = _stock(norm, r, normalized_shape, weight, bias, eps, dtype)
+        return (y, r) if prenorm else y
+    # Drawn out here, so that a recomputation, a CUDA graph or the compiler's partitioner keeps one mask.
+    seed = torch.randint(0, 2**63 - 1, (2,), device=x.device) if dropout_p else None
+    rms, eps = norm == "rms_norm", _default_eps(eps, residual)
+    rows, residual_rows, weight, bias = _flattened(normalized_shape, x, residual, weight, bias)
+    args = (rows, residual_rows, weight, bias, seed, eps, float(dropout_p), rms)
+    if backend.needs_grad(x, residual, weight, bias):
+        y, r = _AddNorm.apply(*args, dtype, chosen)
+    else:
+        y, r = backend.run("add_layer_norm_fwd", chosen, OP, *args, prenorm, dtype)[:2]
+    return (y.view(x.shape), r.view(x.shape)) if prenorm else y.view(x.shape)
+
+
+def _checked(name, x, normalized_shape, weight, bias, out_dtype):
+    """normalized_shape as a tuple, under the conditions of torch's functions."""
     normalized_shape = tuple(normalized_shape)
     if not normalized_shape or tuple(x.shape[-len(normalized_shape) :]) != normalized_shape:
         raise RuntimeError(
-            f"layer_norm: normalized_shape {normalized_shape} must be x's last dims; x is {tuple(x.shape)}"
+            f"{name}: normalized_shape {normalized_shape} must be x's last dims; x is {tuple(x.shape)}"
         )
-    for name, t in (("weight", weight), ("bias", bias)):
+    for what, t in (("weight", weight), ("bias", bias)):
         if t is not None and tuple(t.shape) != normalized_shape:
             raise RuntimeError(
-                f"layer_norm: {name} is {tuple(t.shape)}, must be normalized_shape {normalized_shape}"
+                f"{name}: {what} is {tuple(t.shape)}, must be normalized_shape {normalized_shape}"
             )
+    if out_dtype not in (None, "input"):
+        raise ValueError(f'{name}: out_dtype is {out_dtype!r}, must be None (as torch) or "input"')
     return normalized_shape
 
 
-class _LayerNorm(torch.autograd.Function):
+def _default_eps(eps, x):
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else float(eps)
+
+
+def _flattened(normalized_shape, *tensors):
+    """The normalised dims as one. Only where those do not lie one after another in memory is this a copy."""
+    dims = len(normalized_shape)
+    return tensors if dims == 1 else [t if t is None else t.flatten(t.dim() - dims) for t in tensors]
+
+
+def _stock(name, x, normalized_shape, weight, bias, eps, dtype):
+    """torch's own function; where dtypes differ, which it need not take, in the widest of them."""
+    given = [t for t in (x, weight, bias) if t is not None]
+    if any(t.dtype != x.dtype for t in given):
+        widest = torch.promote_types(given[-1].dtype, torch.promote_types(x.dtype, given[1].dtype))
+        x, weight, bias = (t if t is None else t.to(widest) for t in (x, weight, bias))
+    if name == "rms_norm":
+        return F.rms_norm(x, normalized_shape, weight, eps).to(dtype)
+    return F.layer_norm(x, normalized_shape, weight, bias, eps).to(dtype)
+
+
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, chosen):
-        y, mean, rstd = backend.run("layer_norm_fwd", chosen, OP, x, weight, bias, eps)
+    def forward(ctx, x, weight, bias, eps, rms, dtype, chosen):
+        y, mean, rstd = backend.run("layer_norm_fwd", chosen, OP, x, weight, bias, eps, rms, dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.eps = eps
+        ctx.options = eps, rms, dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        (x, weight, bias, mean, rstd), (eps, rms, dtype) = ctx.saved_tensors, ctx.options
         if backend.wants_double_backward():
-            composite = lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, ctx.eps)  # noqa: E731
-            return *backend.composite_backward(composite, (x, weight, bias), (dy,)), None, None
-        # Triton serves every forward: the saved statistics have one meaning in all backends.
-        grads = backend.run(
-            "layer_norm_bwd", "triton", OP, dy, x, weight, mean, rstd, ctx.needs_input_grad[2]
+            grads = backend.composite_backward(_composite(eps, rms, dtype), (x, weight, bias), (dy,))
+        else:
+            # Triton serves every forward: the saved statistics have one meaning in all backends.
+            grads = backend.run(
+                "layer_norm_bwd", "triton", OP, dy, x, weight, mean, rstd, *ctx.needs_input_grad[1:3], rms
+            )
+            grads = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+        return *grads, None, None, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """Saves r, its statistics and the seed: neither x, nor the residual, nor the mask."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, eps, dropout_p, rms, dtype, chosen):
+        y, r, mean, rstd = backend.run(
+            "add_layer_norm_fwd",
+            chosen,
+            OP,
+            x,
+            residual,
+            weight,
+            bias,
+            seed,
+            eps,
+            dropout_p,
+            rms,
+            True,
+            dtype,
         )
-        return (
-            *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)),
-            None,
-            None,
-        )
+        ctx.save_for_backward(r, weight, bias, mean, rstd, seed)
+        ctx.options = eps, dropout_p, rms, dtype, x.dtype
+        ctx.set_materialize_grads(False)
+        return y, r
+
+    @staticmethod
+    def backward(ctx, dy, dr):
+        r, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        eps, dropout_p, rms, dtype, x_dtype = ctx.options
+        nothing = (None,) * 6
+        if dy is None and dr is None:
+            return (None,) * 10
+        dy = torch.zeros_like(r, dtype=dtype) if dy is None else dy
+        if backend.wants_double_backward():
+            found = backend.composite_backward(_composite(eps, rms, dtype), (r, weight, bias), (dy,))
+            total = found[0] if dr is None else found[0] + dr
+            dx = total if seed is None else total * _mask(seed, dropout_p, total)
+            return dx.to(x_dtype), total, *found[1:], *nothing
+        dx, dresidual, dweight, dbias = backend.run(
+            "add_layer_norm_bwd", "triton", OP, dy, dr, r, weight, mean, rstd, seed, dropout_p,
+            *ctx.needs_input_grad[2:4], rms, x_dtype,
+        )  # fmt: skip
+        dx = dresidual if seed is None and x_dtype == r.dtype else dx
+        grads = (dx, dresidual, dweight, dbias)
+        return *(
+            g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)
+        ), *nothing
+
+
+def _composite(eps, rms, dtype):
+    """The norm of rows in stock ops, for gradients that are themselves differentiated."""
+    name = "rms_norm" if rms else "layer_norm"
+    return lambda x, weight, bias: _stock(name, x, x.shape[-1:], weight, bias, eps, dtype)
+
+
+def _mask(seed, dropout_p, t):
+    mask = reference.dropout_mask(seed, (t.numel() // t.shape[-1], t.shape[-1]), dropout_p)
+    return mask.to(t).view(t.shape)
+
+
+def _fwd_fake(x, weight, bias, eps, rms, dtype, backend):
+    M = math.prod(x.shape[:-1])
+    statistics = (x.new_empty(0 if rms else M, dtype=torch.float32), x.new_empty(M, dtype=torch.float32))
+    return x.new_empty(x.shape, dtype=dtype), *statistics
+
+
+def _add_fwd_fake(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, dtype, backend):
+    y, mean, rstd = _fwd_fake(x, weight, bias, eps, rms, dtype, backend)
+    return y, residual.new_empty(x.shape if keep_sum else 0), mean, rstd
+
+
+def _bwd_fake(dy, x, weight, mean, rstd, weight_grad, bias_grad, rms, backend):
+    N, dtype = x.shape[-1], torch.float32 if weight is None else weight.dtype
+    dweight = x.new_empty(N if weight_grad and weight is not None else 0, dtype=dtype)
+    return x.new_empty(x.shape), dweight, x.new_empty(N if bias_grad else 0, dtype=dtype)
+
+
+def _add_bwd_fake(
+    dy, dr, r, weight, mean, rstd, seed, dropout_p, weight_grad, bias_grad, rms, dtype, backend
+):
+    same = seed is None and dtype == r.dtype
+    dx = r.new_empty(0 if same else r.shape, dtype=dtype)
+    return dx, *_bwd_fake(dy, r, weight, mean, rstd, weight_grad, bias_grad, rms, backend)
 
 
 backend.define(
     OP,
-    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda x, weight, bias, eps, backend: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        *x.new_empty((2, x.shape[0]), dtype=torch.float32),
-    ),
-)
-backend.define(
-    OP,
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool bias_grad, str backend)"
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, ScalarType dtype, str backend)"
     " -> (Tensor, Tensor, Tensor)",
-    lambda dy, x, weight, mean, rstd, bias_grad, backend: (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(0) if weight is None else torch.empty_like(weight),
-        x.new_empty(x.shape[-1:] if bias_grad else 0, dtype=x.dtype if weight is None else weight.dtype),
-    ),
+    _fwd_fake,
+)
+backend.define(
+    OP,
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool weight_grad, bool bias_grad, bool rms,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+backend.define(
+    OP,
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, float dropout_p,"
+    " bool rms, bool keep_sum, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_fwd_fake,
+)
+backend.define(
+    OP,
+    "add_layer_norm_bwd(Tensor dy, Tensor? dr, Tensor r, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed,"
+    " float dropout_p, bool weight_grad, bool bias_grad, bool rms, ScalarType dtype, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_bwd_fake,
 )
 
-WHY_NOT = {"cuda": cuda.layer_norm_why_not, "triton": backend.triton_why_not}
+
+def _triton_why_not(x, weight, bias, dtype, residual=None):
+    for what, t in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype not in backend.TRITON_DTYPES:
+            return f"{what}'s dtype {t.dtype} is not float16, bfloat16 or float32"
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return f"weight has dtype {weight.dtype} and bias {bias.dtype}, which must be one"
+    return backend.triton_why_not(x, residual, weight, bias)
+
+
+WHY_NOT = {
+    name: {"triton": _triton_why_not} for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+}
+WHY_NOT["layer_norm"]["cuda"] = cuda.layer_norm_why_not

@@ -1,0 +1,178 @@
+"""Softmax: the public functions, their torch ops, their gradients, and which backends can serve them."""
+
+import math
+
+import torch
+
+from fastattn import backend
+
+OP = "softmax"
+WIDENED = backend.autocast_devices("softmax.int") & backend.autocast_devices("log_softmax.int")
+
+
+def softmax(x, dim=-1, dtype=None, *, out_dtype=None):
+    """y = exp(x) / sum(exp(x)) over dim.
+
+    x: any shape and strides; fp16, bf16 and fp32 reach the kernels. dtype: as torch's, x is cast to it first and y has it.
+    Under an autocast that widens torch.softmax (on CUDA) y is fp32; out_dtype="input" keeps x's dtype. A row of only -inf is
+    NaN, as in torch. Raises IndexError for a dim that x does not have.
+    """
+    return _softmax("softmax", x, dim, dtype, out_dtype, False)
+
+
+def log_softmax(x, dim=-1, dtype=None, *, out_dtype=None):
+    """y = x - log(sum(exp(x))) over dim; everything else as in `softmax`."""
+    return _softmax("log_softmax", x, dim, dtype, out_dtype, True)
+
+
+def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dtype=None):
+    """softmax over the last dim of scale * scores, where mask and causality attend; 0 elsewhere.
+
+    scores (..., S_q, S_k); mask: bool, True = attend, broadcast to scores' shape and never expanded in memory. causal: query
+    i sees keys j <= i. A row that attends to nothing (or holds only -inf) is 0, with gradients 0. Autocast and out_dtype
+    as in `softmax`. Raises ValueError or TypeError naming the argument.
+    """
+    if scores.dim() < 2:
+        raise ValueError(
+            f"scaled_masked_softmax: scores is {tuple(scores.shape)}, needs (..., S_q, S_k): two dims or more"
+        )
+    if mask is not None:
+        mask = _checked_mask(mask, scores)
+    dtype = _requested("scaled_masked_softmax", scores, None, out_dtype) or backend.autocast_dtype(
+        WIDENED, scores
+    )
+    chosen = backend.choose("scaled_masked_softmax", WHY_NOT, scores, mask, dtype, inductor_fuses=True)
+    if chosen == "torch":
+        return _torch_scaled_masked_softmax(scores, mask, scale, causal).to(dtype)
+    scale, causal = float(scale), bool(causal)
+    if backend.needs_grad(scores):
+        return _ScaledMaskedSoftmax.apply(scores, mask, scale, causal, dtype, chosen)
+    return backend.run("scaled_masked_softmax_fwd", chosen, OP, scores, mask, scale, causal, dtype)
+
+
+def _softmax(name, x, dim, dtype, out_dtype, log):
+    if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
+        raise IndexError(f"{name}: dim is {dim}, x has {x.dim()} dims")
+    requested = _requested(name, x, dtype, out_dtype)
+    dtype = requested or backend.autocast_dtype(WIDENED, x)
+    chosen = backend.choose(name, WHY_NOT, x, None, dtype, inductor_fuses=True)
+    if chosen == "torch":
+        return (torch.log_softmax if log else torch.softmax)(x, dim, dtype=requested)
+    if x.dim() == 0:
+        return _softmax(name, x[None], 0, dtype, None, log)[0]
+    if backend.needs_grad(x):
+        return _Softmax.apply(x, dim, log, dtype, chosen)
+    return backend.run("softmax_fwd", chosen, OP, x, dim, log, dtype)
+
+
+def _requested(name, x, dtype, out_dtype):
+    """The result's dtype as the caller wants it, None to leave it to autocast."""
+    if out_dtype not in (None, "input"):
+        raise ValueError(f'{name}: out_dtype is {out_dtype!r}, must be None (as torch) or "input"')
+    return x.dtype if dtype is None and out_dtype == "input" else dtype
+
+
+def _checked_mask(mask, scores):
+    """mask as a view of scores' shape."""
+    name = "scaled_masked_softmax"
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: mask has dtype {mask.dtype}, must be bool (True = attend); add a float bias to scores"
+        )
+    if mask.device != scores.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, scores on {scores.device}; move one")
+    try:
+        return mask.expand(scores.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: mask is {tuple(mask.shape)}, must broadcast to scores' {tuple(scores.shape)}"
+        ) from None
+
+
+def _torch_scaled_masked_softmax(scores, mask, scale, causal):
+    s = scores * scale
+    if causal:
+        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        mask = below if mask is None else mask & below
+    s = s if mask is None else s.masked_fill(~mask, -math.inf)
+    empty = (s == -math.inf).all(-1, keepdim=True)  # their softmax would be NaN, and so would their gradient
+    return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, log, dtype, chosen):
+        y = backend.run("softmax_fwd", chosen, OP, x, dim, log, dtype)
+        ctx.save_for_backward(y)
+        ctx.options = dim, log, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,), (dim, log, dtype) = ctx.saved_tensors, ctx.options
+        if backend.wants_double_backward():
+            dx = dy - y.exp() * dy.sum(dim, keepdim=True) if log else _composite_backward(dy, y, dim)
+            return dx.to(dtype), None, None, None, None
+        return backend.run("softmax_bwd", "triton", OP, dy, y, dim, log, dtype), None, None, None, None
+
+
+class _ScaledMaskedSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, mask, scale, causal, dtype, chosen):
+        y = backend.run("scaled_masked_softmax_fwd", chosen, OP, scores, mask, scale, causal, dtype)
+        ctx.save_for_backward(y)
+        ctx.options = scale, causal, scores.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,), (scale, causal, dtype) = ctx.saved_tensors, ctx.options
+        if backend.wants_double_backward():
+            dscores = (scale * _composite_backward(dy, y, -1)).to(dtype)
+        else:
+            dscores = backend.run("scaled_masked_softmax_bwd", "triton", OP, dy, y, scale, causal, dtype)
+        return dscores, None, None, None, None, None
+
+
+def _composite_backward(dy, y, dim):
+    """The gradient in stock ops, differentiable in dy and, through the saved y, in the input."""
+    return y * (dy - (dy * y).sum(dim, keepdim=True))
+
+
+def _fwd_fake(x, *options):
+    return x.new_empty(x.shape, dtype=options[-2])
+
+
+def _bwd_fake(dy, y, *options):
+    return y.new_empty(y.shape, dtype=options[-2])
+
+
+backend.define(
+    OP, "softmax_fwd(Tensor x, int dim, bool log, ScalarType dtype, str backend) -> Tensor", _fwd_fake
+)
+backend.define(
+    OP,
+    "softmax_bwd(Tensor dy, Tensor y, int dim, bool log, ScalarType dtype, str backend) -> Tensor",
+    _bwd_fake,
+)
+backend.define(
+    OP,
+    "scaled_masked_softmax_fwd(Tensor scores, Tensor? mask, float scale, bool causal, ScalarType dtype, str backend)"
+    " -> Tensor",
+    _fwd_fake,
+)
+backend.define(
+    OP,
+    "scaled_masked_softmax_bwd(Tensor dy, Tensor y, float scale, bool causal, ScalarType dtype, str backend) -> Tensor",
+    _bwd_fake,
+)
+
+
+def _triton_why_not(x, mask, dtype):
+    for what, t in (("input", x.dtype), ("result", dtype)):
+        if t not in backend.TRITON_DTYPES:
+            return f"{what} dtype {t} is not float16, bfloat16 or float32"
+    return backend.triton_why_not(x, mask)
+
+
+WHY_NOT = {"triton": _triton_why_not}
