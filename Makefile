@@ -9,10 +9,9 @@ ARGS ?=
 
 ifeq ($(shell $(PYTHON) -c "import importlib.util as u; print(u.find_spec('torch') is not None)" 2>/dev/null),True)
 PY := $(PYTHON)
-READY := in-place
 else
 PY := .venv/bin/python
-READY := .venv/ready
+VENV := .venv/ready
 SECOND_TRITON := .triton-3.6/ready
 endif
 
@@ -21,44 +20,47 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 found = $(PY) -c "import $(1)" 2>/dev/null
 skip = echo "make $@: skipped, $(1)"
 
-.PHONY: bench test gpu matrix lint in-place
+.PHONY: bench test gpu matrix lint extension
 
-bench: $(READY)
-	$(PY) -m fastattn.cli bench $(ARGS)
+bench: extension
+	@if ! $(call found,typer); then $(call skip,$(PY) has no typer); \
+	else $(PY) -m fastattn.cli bench $(ARGS); fi
 
-test: $(READY) $(SECOND_TRITON)
+test: extension $(SECOND_TRITON)
 	@if ! $(call found,pytest); then $(call skip,$(PY) has no pytest); \
 	elif $(call found,xdist); then $(PYTEST) -n 2 $(ARGS); \
 	else echo "$(PY) has no pytest-xdist: one process"; $(PYTEST) $(ARGS); fi
 
-gpu: $(READY)
-	@if ! $(call found,pytest); then $(call skip,$(PY) has no pytest); \
-	elif ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(call skip,torch sees no GPU); \
-	else $(PYTEST) -m "gpu or not gpu" $(ARGS); fi
+gpu: extension
+	@if ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(call skip,torch sees no GPU); \
+	else PYTHON=$(PY) benchmarks/on_gpu.sh $(ARGS); fi
 
 matrix:
 	tests/matrix.sh $(PYTHON) $(ARGS)
 
-lint: $(READY)
+lint: $(VENV)
 	@if ! $(call found,ruff); then $(call skip,$(PY) has no ruff); \
 	else $(PY) -m ruff check . && $(PY) -m ruff format --check .; fi
 
-in-place:
+# Into this folder; quick where nothing has changed.
+extension: $(VENV)
+ifndef VENV
 	@echo "Using the torch of $$(command -v $(PY)) in place; nothing is written into that Python."
+endif
 	@if $(call found,setuptools); then $(PY) setup.py -q build_ext --inplace; \
 	else echo "$(PY) has no setuptools: the CUDA extension is not built"; fi
 
-.venv/ready: constraints.txt pyproject.toml setup.py
+.venv/ready: constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=...')"
 	@echo "Making .venv. To download: about 3 GB where pip takes torch with its CUDA libraries (the default on Linux),"
 	@echo "0.5 GB with a CPU-only torch."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt setuptools pybind11 ninja
-	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,bench]"
+	FASTATTN_CUDA=0 .venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,bench]"
 	@touch $@
 
 # A second triton without its dependencies: the tests take register and spill budgets with both.
-.triton-3.6/ready: | $(READY)
+.triton-3.6/ready: | $(VENV)
 	@echo "Fetching triton 3.6.0 into .triton-3.6 (0.2 GB)."
 	@if $(PY) -m pip install -q --no-deps --target .triton-3.6 triton==3.6.0; then touch $@; \
 	else echo "triton 3.6.0 could not be fetched: what needs it is skipped"; fi

@@ -22,7 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattn import backend, check
-from fastattn.models.gpt import SIZES, GPT, GPTConfig
+from fastattn.models.gpt import GPT, SIZES, GPTConfig
 
 PEAK_TFLOPS = {
     (8, 0): 312.0,
@@ -92,6 +92,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         began = time.perf_counter()
         with self.surroundings():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.autocast):
@@ -102,7 +103,7 @@ class Runner:
         self.losses.append(loss.item())  # synchronises
         self.seconds.append(time.perf_counter() - began)
         if self.device.type == "cuda":
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before)
 
 
 def runners(plan, device):
@@ -161,7 +162,7 @@ def run(device, quick, data, progress):
             )
     ours = list(found.values())[-1]
     prompt = "The "
-    with ours.surroundings():
+    with ours.surroundings(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
         generator = torch.Generator(device).manual_seed(0)
         ids = torch.tensor([list(prompt.encode())], device=device)
         room = min(400, length - ids.shape[1])
@@ -273,7 +274,7 @@ def tell(result, wrong):
     lines.append("")
     for name in result["losses"]:
         line = f"{name}: {result['tokens_per_s'][name]:,.0f} tokens/s"
-        line += f", peak memory {result['peak_mb'][name]:,.0f} MB" if result["peak_mb"] else ""
+        line += f"; a step's peak memory {result['peak_mb'][name]:,.0f} MB" if result["peak_mb"] else ""
         line += f", MFU {result['mfu'][name]:.1%}" if result["mfu"] else ""
         if name != "eager":
             line += f", losses at most {result['apart'][name]:.1e} apart from eager's (allowed {result['tolerance']:.1e})"

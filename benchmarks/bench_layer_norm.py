@@ -20,16 +20,24 @@ def shapes(device, quick):
 
 
 def cases(device, quick):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     for M, N in shapes(device, quick):
-        yield layer_norm(M, N, torch.float32 if device.type == "cpu" else torch.bfloat16)
+        yield layer_norm(M, N, dtype)
+        yield rms_norm(M, N, dtype)
+        yield add_layer_norm(M, N, dtype)
+
+
+def rows(M, N, dtype, wide, narrow):
+    """make(device): `wide` tensors (M, N), then `narrow` ones (N,), all wanting gradients."""
+
+    def make(device):
+        sizes = [(M, N)] * wide + [(N,)] * narrow
+        return tuple(torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes)
+
+    return make
 
 
 def layer_norm(M, N, dtype):
-    def make(device):
-        x = torch.randn(M, N, device=device, dtype=dtype)
-        weight, bias = (torch.randn(N, device=device, dtype=dtype) for _ in range(2))
-        return tuple(t.requires_grad_() for t in (x, weight, bias))
-
     def over_rows(function):
         return lambda x, weight, bias: function(x, (N,), weight, bias)
 
@@ -39,7 +47,7 @@ def layer_norm(M, N, dtype):
         op="layer_norm",
         shape=f"M {M}, N {N}",
         dtype=dtype,
-        make=make,
+        make=rows(M, N, dtype, 1, 2),
         providers={
             "eager": over_rows(F.layer_norm),
             "fastattn": over_rows(functional.layer_norm),
@@ -49,4 +57,52 @@ def layer_norm(M, N, dtype):
         reference=over_rows(reference.layer_norm),
         forward=Work(read=(x + 2 * N) * size, write=x * size),
         backward=Work(read=(2 * x + N) * size, write=(x + 2 * N) * size),
+    )
+
+
+def rms_norm(M, N, dtype):
+    def over_rows(function):
+        return lambda x, weight: function(x, (N,), weight, 1e-6)
+
+    liger, quack = package("liger_kernel.transformers.functional"), package("quack")
+    size, x = dtype.itemsize, M * N
+    return Case(
+        op="rms_norm",
+        shape=f"M {M}, N {N}",
+        dtype=dtype,
+        make=rows(M, N, dtype, 1, 1),
+        providers={
+            "eager": over_rows(F.rms_norm),
+            "fastattn": over_rows(functional.rms_norm),
+            "compile": compiled(over_rows(F.rms_norm)),
+            "liger": liger and functools.partial(liger.liger_rms_norm, eps=1e-6),
+            "quack": quack and functools.partial(quack.rmsnorm, eps=1e-6),
+        },
+        reference=over_rows(reference.rms_norm),
+        forward=Work(read=(x + N) * size, write=x * size),
+        backward=Work(read=(2 * x + N) * size, write=(x + N) * size),
+    )
+
+
+def add_layer_norm(M, N, dtype):
+    """The residual stream of a pre-norm block: both the sum and its norm are handed on."""
+
+    def eager(x, residual, weight, bias):
+        r = residual + x
+        return F.layer_norm(r, (N,), weight, bias), r
+
+    size, x = dtype.itemsize, M * N
+    return Case(
+        op="add_layer_norm",
+        shape=f"M {M}, N {N}",
+        dtype=dtype,
+        make=rows(M, N, dtype, 2, 2),
+        providers={
+            "eager": eager,
+            "fastattn": lambda x, r, w, b: functional.add_layer_norm(x, r, (N,), w, b, prenorm=True),
+            "compile": compiled(eager),
+        },
+        reference=lambda x, r, w, b: reference.add_layer_norm(x, r, (N,), w, b),
+        forward=Work(read=(2 * x + 2 * N) * size, write=2 * x * size),
+        backward=Work(read=(3 * x + N) * size, write=(x + 2 * N) * size),
     )

@@ -74,59 +74,61 @@ def _check(case, inputs, calls, rows):
     part = case.part or (lambda t: t)
     cut = lambda tensors: [part(t).detach() if isinstance(t, torch.Tensor) else t for t in tensors]  # noqa: E731
 
-    def again(tensors, dtype=None):
-        """The parted inputs as fresh leaves, floating ones in `dtype`."""
-        for t, original in zip(cut(tensors), tensors, strict=True):
+    def again(dtype=None):
+        """The parts as fresh leaves, floating ones in `dtype`."""
+        for t, original in zip(cut(inputs), inputs, strict=True):
             if isinstance(t, torch.Tensor) and t.is_floating_point():
-                t = t.to(dtype or t.dtype).clone()
-                t = t.requires_grad_(original.requires_grad)
+                t = t.to(dtype or t.dtype).clone().requires_grad_(original.requires_grad)
             yield t
 
-    backward = "backward" in _passes(case, inputs)
+    def seeded(function, tensors, grads):
+        torch.manual_seed(1)
+        return check.run(function, tuple(tensors), grads, {})
+
+    eager = case.providers["eager"]
     try:
         with torch.no_grad():
-            shapes = _tuple(case.providers["eager"](*inputs))
-        full_grads = [torch.randn_like(o) if backward and o.is_floating_point() else None for o in shapes]
-        grads = [g if g is None else part(g) for g in full_grads]
-        exact = check.run(case.reference, tuple(again(inputs, torch.float64)), grads, {})
-        eager = check.run(case.providers["eager"], tuple(again(inputs)), grads, {})
+            outputs = _tuple(eager(*inputs))
+        backward = "backward" in _passes(case, inputs)
+        full = [torch.randn_like(o) if backward and o.is_floating_point() else None for o in outputs]
+        parts = [g if g is None else part(g) for g in full]
+        exact = seeded(case.reference, again(torch.float64), parts)
+        base = seeded(case.reference if case.random else eager, again(), parts)
     except torch.cuda.OutOfMemoryError:
-        for row in rows.values():
-            row["note"] = "not checked, so not timed: the float64 reference does not fit into memory"
+        _refuse(
+            rows.values(), "not checked, so not timed: the float64 reference does not fit into memory", False
+        )
         return
     for name, (function, forced) in calls.items():
-        ours = name.startswith("fastattn")
-        mine = [row for (provider, _), row in rows.items() if provider == name]
+        mine, ours = (
+            [row for (provider, _), row in rows.items() if provider == name],
+            name.startswith("fastattn"),
+        )
         try:
             with _under(forced):
-                got = [cut(t) for t in check.run(function, inputs, full_grads, {})]
+                got = [cut(tensors) for tensors in seeded(function, inputs, full)]
         except NotImplementedError as e:
-            _refuse(mine, f"refused: {e}", failed=False)
-            continue
+            _refuse(mine, f"refused: {e}", False)
         except torch.cuda.OutOfMemoryError:
-            _refuse(mine, "out of memory", failed=False)
-            continue
+            _refuse(mine, "out of memory", False)
         except Exception as e:  # a peer may raise anything; the row says what
-            _refuse(
-                mine, f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}", ours
-            )
-            continue
-        for row, kind, mine_, base, want in zip(
-            mine, ("output", "gradient"), got, eager, exact, strict=False
-        ):
-            labelled = [
-                (f"{kind} {i}", *tensors) for i, tensors in enumerate(zip(mine_, base, want, strict=True))
-            ]
-            wrong = [sentence for args in labelled if (sentence := check.compare(*args))]
-            row["error"] = max(_error(t, w) for _, t, _, w in labelled)
-            row["eager_error"] = max(_error(b, w) for _, _, b, w in labelled)
-            if wrong and name != "eager":
-                row["note"], row["failed"] = "; ".join(wrong), ours
-        if any(
-            row["failed"] for row in mine
-        ):  # a wrong forward makes no backward worth timing, and the reverse
-            for row in mine:
-                row["note"], row["failed"] = row["note"] or "not timed: the other pass is wrong", True
+            _refuse(mine, f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}", ours)
+        else:
+            if not case.random or forced:
+                _compare(mine, name, ours, got, base, exact)
+
+
+def _compare(rows, name, ours, got, base, exact):
+    for row, kind, *tensors in zip(rows, ("output", "gradient"), got, base, exact, strict=False):
+        numbered = list(enumerate(zip(*tensors, strict=True)))
+        row["error"] = max(_error(mine, want) for _, (mine, _, want) in numbered)
+        row["eager_error"] = max(_error(theirs, want) for _, (_, theirs, want) in numbered)
+        wrong = [sentence for i, triple in numbered if (sentence := check.compare(f"{kind} {i}", *triple))]
+        if wrong and name != "eager":
+            row["note"], row["failed"] = "; ".join(wrong), ours
+    if any(row["failed"] for row in rows):  # one wrong pass makes the other not worth timing
+        for row in rows:
+            row["note"], row["failed"] = row["note"] or "not timed: the other pass is wrong", True
 
 
 def _tuple(outputs):

@@ -216,9 +216,9 @@ img{max-width:100%}"""
 def html_page(folder):
     """Write report.html, self-contained, from the results in `folder`; its path."""
     results = json.loads((folder / "results.json").read_text())
-    on_gpu = bool(results["ceilings"])
+    on_gpu = results["on_gpu"]
     parts = ["<h1>fastattn benchmark</h1>", _html_pairs(results["environment"])]
-    if on_gpu:
+    if results["ceilings"]:
         parts += ["<h2>Measured ceilings</h2>", _html_pairs(results["ceilings"])]
     for name in ("speed", "gpt"):
         if (folder / f"{name}.png").exists():

@@ -3,6 +3,7 @@
 import importlib
 import io
 import pathlib
+import time
 
 import torch
 from rich.console import Console
@@ -17,12 +18,24 @@ OPS = ("attention", "attention_decode", "softmax", "layer_norm", "position")
 EVERYTHING = (*OPS, "host", "gpt")
 
 
-def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=None):
-    """Measure what is `chosen` on `device`, print it and write it into folder `out`; the number of failures."""
+def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=None, limit=None):
+    """Measure what is `chosen` on `device`, print it and write it into folder `out`; the number of failures.
+
+    limit: seconds after which no further op is started, so that the table comes out in time.
+    """
+    began = time.perf_counter()
+    if timing.is_gpu(device):
+        torch.cuda.set_device(device)
     out = pathlib.Path(out)
     environment = report.environment(device)
     console.print(_pairs("fastattn bench", environment))
-    results = {"environment": environment, "ceilings": {}, "rows": [], "said": {}}
+    results = {
+        "environment": environment,
+        "on_gpu": timing.is_gpu(device),
+        "ceilings": {},
+        "rows": [],
+        "said": {},
+    }
     modules = [importlib.import_module(f"fastattn.benchmarks.bench_{op}") for op in OPS if op in chosen]
     cases = [case for module in modules for case in module.cases(device, quick)]
     if timing.is_gpu(device) and cases:
@@ -31,7 +44,12 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
     seconds = (0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
     with _progress(console) as progress:
         task = progress.add_task("ops", total=len(cases))
-        for case in cases:
+        for left, case in zip(range(len(cases), 0, -1), cases, strict=True):
+            if limit is not None and time.perf_counter() - began > limit:
+                console.print(
+                    f"Left out for time: {left} of {len(cases)} cases, from {case.op}, {case.shape} on."
+                )
+                break
             progress.update(task, description=f"{case.op}, {case.shape}")
             results["rows"] += measure(case, device, results["ceilings"], seconds)
             progress.advance(task)

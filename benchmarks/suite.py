@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+import torch._functorch.config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -42,6 +43,8 @@ class Case:
     # Where a float64 reference of everything would not fit: tensor -> the part of it that is checked, such that
     # reference(part of each input) is the part of each output, and the same for gradients.
     part: Callable | None = None
+    # It draws a dropout mask. Ours must be the reference's draw of the same seed; peers draw others and go unchecked.
+    random: bool = False
 
 
 def package(name):
@@ -54,9 +57,8 @@ def package(name):
 
 def compiled(function):
     """`function` under torch.compile, compiled at its first call."""
-    torch._functorch.config.donated_buffer = (
-        False  # the backward is timed alone, again and again on one graph
-    )
+    # The backward is timed alone, again and again on one graph: its buffers must survive.
+    functorch_config.donated_buffer = False
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -71,4 +73,4 @@ def sdpa_backends(function):
         return call
 
     names = {"sdpa cudnn": "CUDNN_ATTENTION", "sdpa flash": "FLASH_ATTENTION", "sdpa efficient": "EFFICIENT_ATTENTION", "sdpa math": "MATH"}  # fmt: skip
-    return {name: under(SDPBackend[member]) for name, member in names.items()}
+    return {name: under(getattr(SDPBackend, member)) for name, member in names.items()}

@@ -3,7 +3,8 @@
 // One warp owns a row of up to 1024 columns, one block a longer one. Rows of up to 8192 columns are read once, 16 bytes
 // at a time, and stay in registers as fp32; longer ones are read three times, two of them mostly from cache, and so are
 // rows that are not aligned to 16 bytes or not contiguous, one column at a time. The variance is the mean of the squared
-// distances from the mean, taken in a second pass over the row: nothing cancels, however large the mean is.
+// distances from the mean, taken in a second pass over the row, which also finds what rounding has left in the mean:
+// nothing cancels, however large the mean is.
 // All arithmetic is fp32 and sums have a fixed order. Read and written: 2 * M * N elements and 2 * M statistics.
 
 #include "rt.cuh"
@@ -69,12 +70,16 @@ __global__ void __launch_bounds__(kThreads > 128 ? kThreads : 128)
     });
     const float mean = group_sum<kThreads>(sum) / static_cast<float>(N);
 
-    float squares = 0;
+    float rest = 0, squares = 0;
     row.template pass<false>([&](int64_t, const float(&v)[kVec]) {
 #pragma unroll
-        for (int i = 0; i < kVec; i++) squares += (v[i] - mean) * (v[i] - mean);
+        for (int i = 0; i < kVec; i++) {
+            rest += v[i] - mean;
+            squares += (v[i] - mean) * (v[i] - mean);
+        }
     });
-    const float rstd = rsqrtf(group_sum<kThreads>(squares) / static_cast<float>(N) + eps);
+    rest = group_sum<kThreads>(rest) / static_cast<float>(N);  // what rounding has left in the mean
+    const float rstd = rsqrtf(group_sum<kThreads>(squares) / static_cast<float>(N) - rest * rest + eps);
 
     row.template pass<false>([&](int64_t n, const float(&v)[kVec]) {
         float w[kVec], b[kVec], out[kVec];
@@ -82,7 +87,7 @@ __global__ void __launch_bounds__(kThreads > 128 ? kThreads : 128)
         if (bias) load<kVec>(bias + n, b);
 #pragma unroll
         for (int i = 0; i < kVec; i++) {
-            out[i] = (v[i] - mean) * rstd;
+            out[i] = (v[i] - mean - rest) * rstd;
             if (weight) out[i] *= w[i];
             if (bias) out[i] += b[i];
         }
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(kThreads > 128 ? kThreads : 128)
     });
 
     if (thread == 0) {
-        gMean[m] = mean;
+        gMean[m] = mean + rest;
         gRstd[m] = rstd;
     }
 }

@@ -1,7 +1,8 @@
 """Fused attention, softmax, layer norm and positional encodings for GPT- and BERT-like models in PyTorch."""
 
-from fastattn import functional
+from fastattn import functional, nn
 from fastattn.backend import explain, use_backend
+from fastattn.cuda import warmup
 
 __version__ = "0.1.0"
-__all__ = ["explain", "functional", "use_backend"]
+__all__ = ["explain", "functional", "nn", "use_backend", "warmup"]

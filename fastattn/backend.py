@@ -175,15 +175,20 @@ def verdict_key(device):
     return f"{torch.cuda.get_device_name(device)}, fastattn {__version__}, torch {torch.__version__}, triton {triton}"
 
 
-@functools.cache
 def triton_found():
-    return importlib.util.find_spec("triton") is not None
+    return _find_triton()
 
 
-@functools.cache
 def interpreting():
     """Whether triton runs as its interpreter; fixed once triton is imported."""
-    return importlib.import_module("triton").knobs.runtime.interpret
+    return _ask_triton()
+
+
+_find_triton = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
+_ask_triton = functools.cache(lambda: importlib.import_module("triton").knobs.runtime.interpret)
+for _constant in (triton_found, interpreting):
+    # Dynamo calls these and keeps the answer; torch.compiler.assume_constant_result, which says so, imports all of Dynamo
+    _constant._dynamo_marked_constant = True
 
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -270,8 +275,18 @@ def define(op, schema, fake):
 
 
 def readable(t):
-    """Whether a tensor's values may be checked: on the CPU, or anywhere under `debug`, and only while nothing records a graph."""
-    return (t.is_cpu or debug) and type(t) is torch.Tensor and not torch.compiler.is_compiling()
+    """Whether a tensor's values may be checked: on the CPU, or anywhere under `debug`, and only while nothing records a graph or transforms it."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return (t.is_cpu or debug) and type(t) is torch.Tensor
+
+
+def distinct(*tensors):
+    """The tensors, a repeated one as a view of itself: Dynamo refuses an autograd.Function that gets one tensor twice."""
+    seen = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return seen
 
 
 def autocast_devices(op):
@@ -301,11 +316,13 @@ def wants_double_backward():
 
 
 def composite_backward(function, inputs, grads):
-    """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable; None where none is needed."""
+    """Gradients of `function(*inputs)` by autograd over stock ops, themselves differentiable under create_graph; None where none is needed."""
     wanted = [i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor) and t.requires_grad]
-    # Views, so that an input computed from another one (or by this very op) does not send its gradient on to it.
-    inputs = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
-    outputs = function(*inputs)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # a backward that is not itself differentiated runs without it
+        # Views, so that an input computed from another one (or by this very op) does not send its gradient on to it.
+        inputs = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
+        outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     result = [None] * len(inputs)
@@ -313,7 +330,7 @@ def composite_backward(function, inputs, grads):
         [o for o, _ in pairs],
         [inputs[i] for i in wanted],
         [g for _, g in pairs],
-        create_graph=True,
+        create_graph=create_graph,
         allow_unused=True,
     )
     for i, grad in zip(wanted, found, strict=True):

@@ -163,10 +163,13 @@ class Result:
 
 
 def op_modules():
-    """{op, as fastattn.backend counts it: its module}, from the files of fastattn/ops."""
-    folder = pathlib.Path(__file__).parent / "ops"
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    return {name: importlib.import_module(f"fastattn.ops.{name}") for name in names}
+    """{op: (its module in fastattn/ops, [its public functions])}, from the files that are there."""
+    found = {}
+    for path in sorted((pathlib.Path(__file__).parent / "ops").glob("[a-z]*.py")):
+        module = importlib.import_module(f"fastattn.ops.{path.stem}")
+        names = [n for n in functional.__all__ if getattr(functional, n).__module__ == module.__name__]
+        found[path.stem] = module, names
+    return found
 
 
 def run(device, name, functions=None):
@@ -250,17 +253,18 @@ def check_all(device, functions, shown):
 
 
 def record(device, results):
-    """Write the verdict of this card: for each backend, the ops that every case called and found right."""
-    ops = {}
-    for name in ("cuda", "triton"):
-        mine = [r for r in results if r.backend == name]
-        bad = {op for r in mine if r.state == "wrong" for op in r.called}
-        ops[name] = sorted({op for r in mine if r.state == "right" for op in r.called} - bad)
+    """Write this card's verdict, ops by backend: those right in every case that called them, and earlier ones not run now."""
     path, key = backend.verdict_path(), backend.verdict_key(device)
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
+    ops = {}
+    for name in ("cuda", "triton"):
+        mine = [r for r in results if r.backend == name]
+        seen = {op for r in mine for op in r.called}
+        wrong = {op for r in mine if r.state == "wrong" for op in r.called}
+        ops[name] = sorted(set(known.get(key, {}).get(name, ())) - seen | (seen - wrong))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known | {key: ops}, indent=1))
     backend.verdict.cache_clear()

@@ -30,7 +30,15 @@ def _console():
 
 
 def _device(name):
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise typer.BadParameter(f"--device {name}: need cuda, cuda:1, ... or cpu") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device {name}: torch {torch.__version__} sees no such device")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 @app.command()
@@ -87,20 +95,20 @@ def _extension():
 def _support(gpus):
     """Which op each backend has, and on which GPUs it has been seen right."""
     table = Table(title="Ops and backends", title_justify="left")
-    for heading in ("op", "cuda", "triton", "torch"):
+    for heading in ("op", "functions", "cuda", "triton", "torch"):
         table.add_column(heading)
-    for op, module in check_cases.op_modules().items():
+    for op, (module, functions) in check_cases.op_modules().items():
         cells = []
         for name in ("cuda", "triton"):
             if name not in module.WHY_NOT:
                 cells.append("not written")
                 continue
-            proven = backend.PROVEN.get((name, op), {})
-            seen = [f"{major}.{minor}" for major, minor in proven]
-            cells.append(
-                f"seen right on compute capability {', '.join(seen)}" if seen else "never run on a GPU"
-            )
-        table.add_row(op, *cells, "stock torch")
+            seen = {
+                card for function in (op, *functions) for card in backend.PROVEN.get((name, function), ())
+            }
+            cards = ", ".join(f"{major}.{minor}" for major, minor in sorted(seen))
+            cells.append(f"seen right on compute capability {cards}" if cards else "never run on a GPU")
+        table.add_row(op, ", ".join(functions), *cells, "stock torch")
     return table
 
 
@@ -158,6 +166,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller shapes.")] = False,
     out: Out = pathlib.Path("bench-out"),
     data: Annotated[pathlib.Path | None, typer.Option(help="Text to train the GPT on.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds after which no further op is started.")] = None,
 ):
     """Each op and a GPT's training against eager PyTorch: checked, then timed; a table, CSV, JSON and plots."""
     from fastattn.benchmarks import run
@@ -167,7 +176,7 @@ def bench(
         raise typer.BadParameter(f"--op {unknown[0]}: need one of {', '.join(run.EVERYTHING)}")
     if data is not None and not data.is_file():
         raise typer.BadParameter(f"--data {data}: no such file")
-    failures = run.run(_console(), _device(device), op or run.EVERYTHING, quick, out, data)
+    failures = run.run(_console(), _device(device), op or run.EVERYTHING, quick, out, data, limit)
     raise typer.Exit(bool(failures))
 
 

@@ -78,6 +78,18 @@ def why_not(*tensors):
     return device_refusal(device.index)
 
 
+def warmup(device=None):
+    """Load the extension's kernels onto a CUDA device (default: the current one), before its first launch is recorded in
+    a CUDA graph. Triton compiles for the shapes it meets: run the model once for that.
+
+    Does nothing without the extension or a GPU; raises RuntimeError where the GPU cannot run the extension.
+    """
+    if unavailable() is None:
+        extension().prepare(
+            torch.cuda.current_device() if device is None else torch.device(device).index or 0
+        )
+
+
 def layer_norm_why_not(x, weight, bias, dtype, residual=None):
     """Beyond `why_not`: y in x's dtype; weight and bias of one dtype, x's or float32, and contiguous."""
     reason = why_not(x, weight, bias)

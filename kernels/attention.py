@@ -40,7 +40,7 @@ TILES = {
     ],
     ("dkdv", 16, 90): [
         (64, dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)),
-        (128, dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
         (256, dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=1)),
     ],
     ("dq", 16, 90): [
@@ -271,7 +271,7 @@ def tanh(x):
     """libdevice's is not for every backend. Near 0, where 1 - e^-2x would cancel, an odd polynomial (3 ulp at most)."""
     z = x * x
     small = x + x * z * (-0.3333331 + z * (0.13330476 + z * (-0.053387105 + z * 0.01798873)))
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - e) / (1.0 + e)
     return tl.where(z < 0.25, small, tl.where(x < 0, -large, large))
 
@@ -620,7 +620,9 @@ def attention_bwd_dbias_kernel(
 
     for i in range(loops_b * loops_h):
         b, h, at = place(rules, (first_b + i // loops_h) * rules.H + first_h + i % loops_h, BOTTOM_RIGHT)
-        lo, _, _, hi = span(m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N)
+        lo, clean_lo, clean_hi, hi = span(
+            m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N
+        )
         if (n0 >= lo) & (n0 < hi):
             q_tile = tile(head(q, b, h, at.start_q), q.stride_m, m0, at.q_len, BLOCK_M, D, BLOCK_D, True)
             do_tile = tile(head(do, b, h, at.start_q), do.stride_m, m0, at.q_len, BLOCK_M, DV, BLOCK_DV, True)
@@ -630,7 +632,7 @@ def attention_bwd_dbias_kernel(
             v_ptr = head(v, b, h // rules.group, at.start_k)
             k_tile = tile(k_ptr, k.stride_m, n0, at.kv_len, BLOCK_N, D, BLOCK_D, True)
             v_tile = tile(v_ptr, v.stride_m, n0, at.kv_len, BLOCK_N, DV, BLOCK_DV, True)
-            ds, _ = attention_bwd_ds(
+            ds, slope = attention_bwd_ds(
                 q_tile, do_tile, lse_m, delta_m, k_tile, v_tile, m0, n0, rules, at, PRECISION, True
             )
             acc += ds
@@ -675,11 +677,14 @@ def attention_fwd(
     """
     rules = make_rules(q, k, bias, mask, alibi_slopes, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, seed,
                        causal, window_left, window_right, softcap, dropout_p, scale)  # fmt: skip
-    B = batches(q, cu_seqlens_q)
+    B, H, DV = batches(q, cu_seqlens_q), q.shape[1], v.shape[-1]
     if cu_seqlens_q is None:
         max_seqlen_q = q.shape[2]
-    o = empty_rows(q, v.shape[-1])
-    lse = q.new_empty(o.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0]), dtype=torch.float32)
+        o = q.new_empty(B, max_seqlen_q, H, DV).transpose(1, 2)
+        lse = q.new_empty(B, H, max_seqlen_q, dtype=torch.float32)
+    else:  # rows past the last sequence are nobody's
+        o = q.new_zeros(q.shape[0], H, DV)
+        lse = q.new_full((H, q.shape[0]), -math.inf, dtype=torch.float32)
     row = config or tile_row("fwd", q, v)
     grid = B * rules.H * triton.cdiv(max_seqlen_q, row["BLOCK_M"])
     if grid:
@@ -711,7 +716,10 @@ def attention_bwd(
     dlse = dlse if dlse is None or dlse.stride(-1) == 1 else dlse.contiguous()
     config = config or {name: tile_row(name, q, v) for name in ("dkdv", "dq")}
     static = constants(q, v, causal, allow_tf32)
-    dq, dk, dv, delta = (torch.empty_like(t) for t in (q, k, v, lse))
+    new = (
+        torch.empty_like if cu_seqlens_q is None else torch.zeros_like
+    )  # rows past the last sequence are nobody's
+    dq, dk, dv, delta = new(q), new(k), new(v), torch.empty_like(lse)
     dbias, sums, pattern = q.new_empty(0), None, None
     if bias_grad:
         shape = [1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True)]
@@ -763,7 +771,7 @@ def attention_bwd(
     # The second stages: torch's sums have a fixed order, and what they read is small.
     if sums is not None:
         reduced = [*shape[:2], shape[2] if pattern == "rows" else rules.S_k]
-        over = [dim for dim, (full, kept) in enumerate(zip(sums.shape, reduced, strict=True)) if kept < full]
+        over = [dim for dim, (full, kept) in enumerate(zip(sums.shape, reduced, strict=True)) if kept != full]
         dbias = (sums.sum(over) if over else sums).reshape(shape).to(bias.dtype)
     dsinks = dsinks.sum((0, 2)).to(sinks.dtype) if sinks_grad else q.new_empty(0)
     return dq, dk, dv, dbias, dsinks
@@ -838,7 +846,7 @@ def make_rules(
         threshold=threshold if dropped else None,
         rescale=(2**8 / (2**8 - threshold) if threshold < 2**8 else 0.0) if dropped else 1.0,
         H=H,
-        group=H // k.shape[1],
+        group=H // k.shape[1] if H else 1,
         S_q=S_q,
         S_k=S_k,
     )
@@ -896,19 +904,9 @@ def output_plane(x):
     return Plane(x, *x.stride())
 
 
-def empty_rows(x, width=None):
-    """Like x (of another width) but with heads next to the width: transpose(1, 2).reshape(B, S, -1) is a view."""
-    width = x.shape[-1] if width is None else width
-    if x.dim() == 3:
-        return x.new_empty(*x.shape[:2], width)
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], width).transpose(1, 2)
-
-
 def bias_pattern(full, kept):
     """Which kernel gives a bias' gradient: "plane" dq stores ds, "loop" sums planes, "cols", "rows" (B, H, S) sums."""
-    rows_kept, keys_kept = (
-        size == 1 or kept_size > 1 for size, kept_size in zip(full[2:], kept[2:], strict=True)
-    )
+    rows_kept, keys_kept = full[2] == kept[2], full[3] == kept[3]
     if rows_kept and keys_kept:
         return "plane" if list(full[:2]) == list(kept[:2]) else "loop"
     return "cols" if keys_kept else "rows"

@@ -12,7 +12,17 @@ import pytest
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
+    import launches
+    from launches import (  # noqa: F401
+        pytest_addoption,
+        pytest_sessionfinish,
+        pytest_terminal_summary,
+        pytest_testnodedown,
+    )
+
     import fastattn.interpreter  # noqa: F401
+
+    launches.start()
 
 
 @pytest.fixture

@@ -27,6 +27,11 @@ def bench(tmp_path, *args):
     return CliRunner().invoke(cli.app, ["bench", "--device", "cpu", "--quick", "--out", str(tmp_path), *args])
 
 
+def written(folder):
+    with open(folder / "results.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def a_case():
     return bench_layer_norm.layer_norm(16, 64, torch.float32)
 
@@ -36,7 +41,7 @@ def test_bench_writes_table_csv_json_and_plot(tmp_path):
     assert done.exit_code == 0, done.output
     assert "layer_norm" in done.output and "torch against torch" in done.output
     assert "× eager" not in done.output  # no speed-up column on a CPU
-    rows = list(csv.DictReader(open(tmp_path / "results.csv")))
+    rows = written(tmp_path)
     assert {row["provider"] for row in rows} == {"eager", "fastattn"}
     assert {row["pass"] for row in rows} == {"forward", "backward"}
     assert all(float(row["median_us"]) > 0 and row["speedup"] == "" for row in rows)
@@ -54,7 +59,7 @@ def test_a_wrong_result_has_no_time_and_fails_the_run(tmp_path, monkeypatch):
     done = bench(tmp_path, "--op", "layer_norm")
     assert done.exit_code == 1
     assert "2 x torch's own" in done.output.replace("\n", " ") and "failed" in done.output
-    for row in csv.DictReader(open(tmp_path / "results.csv")):
+    for row in written(tmp_path):
         assert bool(row["median_us"]) == (row["provider"] == "eager")
 
 
@@ -74,6 +79,13 @@ def test_a_wrong_gradient_alone_is_caught():
 def test_unknown_op_and_missing_data_are_named(tmp_path):
     assert "softmx" in bench(tmp_path, "--op", "softmx").output
     assert "nowhere.txt" in bench(tmp_path, "--data", "nowhere.txt").output
+    assert "need cuda" in CliRunner().invoke(cli.app, ["bench", "--device", "gpu7"]).output
+
+
+def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path):
+    done = bench(tmp_path, "--op", "layer_norm", "--limit", "0")
+    assert done.exit_code == 0, done.output
+    assert "Left out for time" in done.output and written(tmp_path) == []
 
 
 def test_a_mix_of_reads_and_writes_lies_between_the_measured_ceilings():

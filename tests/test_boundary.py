@@ -102,6 +102,7 @@ def test_without_a_gpu_it_says_so():
     assert cuda.unavailable() in ("no NVIDIA driver on this machine", "torch sees no GPU")
     with pytest.raises(RuntimeError, match="no GPU that this build can use: cudaError"):
         _C.prepare(0)
+    fastattn.warmup()
     with fastattn.use_backend("cuda"), pytest.raises(NotImplementedError, match=cuda.unavailable()):
         FF.layer_norm(BASE, (6,))
 
@@ -174,13 +175,29 @@ def test_runs_on_the_current_stream():
 @gpu
 def test_inside_a_graph():
     x, out = torch.randn(16, 64, device="cuda"), {}
-    cuda.device_refusal(x.device.index)
+    fastattn.warmup()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out["y"] = cuda.layer_norm_fwd(x, None, None, 1e-5)[0]
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(out["y"], torch.nn.functional.layer_norm(x, (64,)))
+
+
+@gpu
+def test_first_launch_inside_a_graph_names_the_remedy():
+    code = """
+import torch
+from fastattn import cuda
+x = torch.randn(16, 64, device="cuda")
+with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    try:
+        cuda.layer_norm_fwd(x, None, None, 1e-5)
+    except RuntimeError as e:
+        print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "fastattn.warmup()" in done.stdout, done.stderr
 
 
 @gpu

@@ -67,8 +67,12 @@ def test_the_verdict_lists_ops_that_were_right_everywhere(monkeypatch, tmp_path)
     path, ops = check_cases.record(torch.device("cuda"), results)
     assert ops == {"cuda": [], "triton": ["softmax"]}
     assert json.loads(path.read_text()) == {"this card": ops}
-    backend.verdict.cache_clear()
     assert backend.verdict(torch.device("cuda")) == ops
+    # a later run of other ops keeps what it did not try, and takes back what has become wrong
+    again = [result("triton", "right", "layer_norm"), result("triton", "wrong", "softmax")]
+    assert check_cases.record(torch.device("cuda"), again)[1] == {"cuda": [], "triton": ["layer_norm"]}
+    check_cases.record(torch.device("cuda"), results)
+    assert backend.verdict(torch.device("cuda")) == {"cuda": [], "triton": ["layer_norm", "softmax"]}
     backend.verdict.cache_clear()
 
 

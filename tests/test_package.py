@@ -1,6 +1,6 @@
 """The ways to install: sdist, wheel from the sdist, editable, isolated; with and without nvcc; beside PyPI's `kernels`."""
 
-import importlib.util
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -26,7 +26,9 @@ JUNK = shutil.ignore_patterns(
     "__pycache__",
     ".*_cache",
 )
-missing = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
+# Not find_spec: looking for pip as a module makes setuptools' import hook step back from distutils for good.
+installed = {dist.name.lower() for dist in importlib.metadata.distributions()}
+missing = sorted({"pip", "setuptools"} - installed)
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"the Python that runs the tests has no {', '.join(missing)}"
 )
@@ -63,6 +65,14 @@ def fresh(tmp_path):
     hub = site / "kernels"
     hub.mkdir()
     (hub / "__init__.py").write_text("FROM = 'PyPI'\n")
+    # The real one also takes part in every build that runs beside it.
+    (hub / "locking.py").write_text("def write_egg_lockfile(command, basename, filename): pass\n")
+    info = site / "kernels-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[egg_info.writers]\nkernels.lock = kernels.locking:write_egg_lockfile\n"
+    )
     return executable
 
 

@@ -141,7 +141,7 @@ def _four_dims(t, batch, heads):
 def _autocast(q, k, v, bias, mask):
     """Under autocast torch's function runs in the autocast dtype; so do we."""
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch raises on "meta"
         dtype = torch.get_autocast_dtype(device)
         cast = lambda t: t.to(dtype) if t is not None and t.dtype in backend.TRITON_DTYPES else t  # noqa: E731
         return *map(cast, (q, k, v, bias)), mask
@@ -293,6 +293,8 @@ def _launch(chosen, q, k, v, extras, options, return_weights):
     seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if options[6] > 0 else None
     operands = (q, k, v, bias, mask, alibi_slopes, sinks, *lengths, seed)
     if backend.needs_grad(q, k, v, bias, sinks):
+        if torch.compiler.is_compiling():
+            operands = backend.distinct(*operands)
         return _Attention.apply(*operands, options, chosen, return_weights)
     return _forward(*operands, options, chosen, return_weights)
 
@@ -399,7 +401,7 @@ def _torch_attention(q, k, v, extras, options, return_lse, return_weights):
         if lengths:  # stock attention multiplies padding by zero, and NaN times zero is NaN
             k, v = k.masked_fill(past_k, 0.0), v.masked_fill(past_k, 0.0)
         is_causal = False
-    gqa = q.shape[1] != k.shape[1]
+    gqa = bool(q.shape[1] != k.shape[1])  # a tensor under torch.jit.trace
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask, named["dropout_p"], is_causal, scale=named["scale"], enable_gqa=gqa
     )

@@ -1,0 +1,209 @@
+"""Every Triton launch of a test run, and the check that each is in the committed list that ahead-of-time tests compile.
+
+A launch is known by its key: the kernel; one letter for each argument that is no constexpr (a tensor's dtype, `-` for None,
+`.` for a number; numbers outside tuples are left out); the constexprs; and behind a bar the tuning, as in
+`softmax_fwd_kernel bb HAS_MASK | BLOCK_M=4 BLOCK_N=512 num_warps=4`. A launch whose tile a test gave (`config=`) is known by
+what stands before the bar. Triton compiles an integer argument of 1 as a constant, so `kernel N=1` is a key too.
+
+tests/data/specialisations.json holds calls of launchers that together make all those launches: what is compiled is what a
+launcher asks for, shipped tile and all. `python tests/aot.py --update` writes it.
+"""
+
+import collections
+import functools
+import importlib
+import inspect
+import json
+import pathlib
+import threading
+import types
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIST = ROOT / "tests" / "data" / "specialisations.json"
+LETTERS = {
+    torch.float16: "h",
+    torch.bfloat16: "b",
+    torch.float32: "f",
+    torch.bool: "?",
+    torch.uint8: "u",
+    torch.int32: "i",
+    torch.int64: "l",
+}
+DTYPES = {letter: dtype for dtype, letter in LETTERS.items()}
+
+launched = collections.defaultdict(set)  # call of a launcher, as JSON -> keys of its launches
+given_tile = set()  # keys that a test's own `config=` made; only the part before the bar counts
+_current = threading.local()
+
+
+@functools.cache
+def parameters(fn):
+    """(name, is constexpr) of each parameter of a triton.jit function."""
+    return [(p.name, "constexpr" in str(p.annotation)) for p in inspect.signature(fn).parameters.values()]
+
+
+def leaves(name, value):
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", range(len(value)))
+        for field, element in zip(names, value, strict=True):
+            yield from leaves(f"{name}.{field}", element)
+    else:
+        yield name, value
+
+
+def keys_of(fn, args, options):
+    """All keys of launching fn (a triton.jit function) with args and options; the first is the one with everything."""
+    bound = inspect.signature(fn.fn).bind(*args, **{k: v for k, v in options.items() if k in fn.arg_names})
+    bound.apply_defaults()
+    letters, flags, tuning, units = "", [], [], []
+    for name, constant in parameters(fn.fn):
+        value = bound.arguments[name]
+        if constant:
+            value = getattr(value, "value", value)
+            if value is not False and value is not None:
+                is_tuning = name.startswith(("BLOCK_", "GROUP_", "num_"))
+                (tuning if is_tuning else flags).append(name if value is True else f"{name}={value}")
+            continue
+        for leaf, v in leaves(name, value):
+            if isinstance(v, torch.Tensor):
+                letters += LETTERS[v.dtype]
+            elif v is None:
+                letters += "-"
+            elif leaf != name:
+                letters += "."
+            if type(v) is int and v == 1:
+                units.append(f"{fn.fn.__name__} {leaf}=1")
+    tuning += [f"{k}={v}" for k, v in options.items() if k not in fn.arg_names and k.startswith("num_")]
+    return [f"{' '.join([fn.fn.__name__, letters, *flags])} | {' '.join(sorted(tuning))}", *units]
+
+
+def base(key):
+    return key.partition(" | ")[0]
+
+
+def describe(value):
+    if isinstance(value, torch.Tensor):
+        return {"tensor": LETTERS[value.dtype], "shape": list(value.shape), "stride": list(value.stride())}
+    if isinstance(value, torch.dtype):
+        return {"dtype": LETTERS[value]}
+    return value
+
+
+def wrap_launchers(module):
+    """Functions of a kernel file note their arguments, so that a launch is known to belong to a call."""
+    for name, function in list(vars(module).items()):
+        if (
+            isinstance(function, types.FunctionType)
+            and function.__module__ == module.__name__
+            and name[0] != "_"
+        ):
+            setattr(module, name, noting(function, f"{module.__name__.rpartition('.')[2]}.{name}"))
+
+
+def noting(launcher, name):
+    signature = inspect.signature(launcher)
+
+    @functools.wraps(launcher)
+    def noted(*args, **kwargs):
+        if getattr(_current, "call", None):
+            return launcher(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        config = bound.arguments.pop("config", None)
+        call = [name, *map(describe, bound.arguments.values())]
+        _current.call, _current.given_tile = call, config is not None
+        try:
+            return launcher(*args, **kwargs)
+        finally:
+            _current.call = None
+
+    return noted
+
+
+def wrap_interpreter():
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+
+    @functools.wraps(run)
+    def noted(self, *args, grid, warmup, **kwargs):
+        if self.fn.__module__.startswith("fastattn.kernels."):
+            call = getattr(_current, "call", None)
+            keys = keys_of(self, args, kwargs)
+            launched[json.dumps(call)].update(keys)
+            if call is None or _current.given_tile:
+                given_tile.add(keys[0])
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    InterpretedFunction.run = noted
+
+
+def start():
+    """Called once, before any test module is imported."""
+    wrap_interpreter()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        wrap_launchers(importlib.import_module(f"fastattn.kernels.{path.stem}"))
+
+
+def merge(note):
+    for call, keys in note["launched"].items():
+        launched[call].update(keys)
+    given_tile.update(note["given_tile"])
+
+
+def note():
+    return {
+        "launched": {call: sorted(keys) for call, keys in launched.items()},
+        "given_tile": sorted(given_tile),
+    }
+
+
+def missing():
+    """Launched keys that no listed call makes."""
+    listed = {key for entry in listed_calls() for key in entry["keys"]}
+    bases = {base(key) for key in listed}
+    made = {key for keys in launched.values() for key in keys}
+    return sorted(key for key in made if (base(key) not in bases if key in given_tile else key not in listed))
+
+
+def listed_calls():
+    return json.loads(LIST.read_text()) if LIST.exists() else []
+
+
+# Hooks of pytest; tests/conftest.py imports them. Workers of pytest-xdist hand their notes to the process that started them.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    merge(getattr(node, "workeroutput", {}).get("launches", {"launched": {}, "given_tile": []}))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launches"] = note()
+        return
+    if path := session.config.getoption("--launches", None):
+        pathlib.Path(path).write_text(json.dumps(note()))
+    elif missing() and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    absent = missing()
+    if absent and not config.getoption("--launches", None):
+        terminalreporter.section("launches that no ahead-of-time test compiles", red=True)
+        for key in absent[:20]:
+            terminalreporter.line(key)
+        terminalreporter.line(
+            f"{len(absent)} launches are not in {LIST.relative_to(ROOT)}: "
+            "`python tests/aot.py --update` runs the tests once more and rewrites it"
+        )
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--launches", metavar="FILE", help="write every Triton launch of this run to FILE, check nothing"
+    )

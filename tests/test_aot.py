@@ -1,0 +1,83 @@
+"""Every kernel compiled ahead of time for GPUs that are not there: legality, registers, spills, shared memory.
+
+What is compiled, in at most five minutes: for sm_90 a choice of the listed specialisations (tests/launches.py) in which any
+two features that occur together in some launch of a kernel occur together, pointers and sizes aligned to 16, and a choice
+with every single feature, unaligned; for sm_80, sm_100 and gfx942 a choice with every single feature; and the shipped
+tiles at sizes that people run. That is not every listed specialisation: `python tests/aot.py --report FILE --all` is.
+"""
+
+import json
+
+import aot
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def report():
+    return aot.cached_report()
+
+
+@pytest.fixture(scope="module")
+def older_report():
+    if not (aot.SECOND_TRITON / "triton").exists():
+        pytest.skip("no .triton-3.6 (`make test` installs triton 3.6.0 there)")
+    return aot.cached_report("--shipped", "--targets", "sm_90", second_triton=aot.SECOND_TRITON)
+
+
+def sentences(costs, wrong):
+    return "\n".join(f"{c['target']} {aot.budget_key(c)}: {wrong(c)}" for c in costs)
+
+
+def over_budget(report):
+    tables = json.loads(aot.BUDGETS.read_text())
+    if report["triton"] not in tables:
+        pytest.skip(f"no budgets for triton {report['triton']}")
+    found = []
+    for target, spent in aot.budgets_of(report).items():
+        for key, row in spent.items():
+            budget = tables[report["triton"]].get(target, {}).get(key)
+            if budget is None or any(now > 1.03 * before for now, before in zip(row, budget, strict=True)):
+                found.append(f"{target} {key}: registers, stack, shared memory {row}, budget {budget}")
+    return found
+
+
+def test_list_is_what_the_launchers_do(report):
+    assert not report["stale"], (
+        f"{report['stale']} launch other kernels than listed: python tests/aot.py --update"
+    )
+
+
+def test_everything_compiles(report):
+    failed = [c for c in report["costs"] if "error" in c]
+    assert report["costs"] and not failed, sentences(failed, lambda c: c["error"])
+
+
+def test_nothing_spills_on_hopper(report):
+    spilled = [c for c in report["costs"] if c["target"] == "sm_90" and c.get("stack")]
+    assert not spilled, sentences(spilled, lambda c: f"{c['stack']} bytes of stack")
+
+
+def test_shared_memory_fits(report):
+    fat = [c for c in report["costs"] if c.get("shared", 0) > aot.SHARED_LIMIT[c["target"]]]
+    assert not fat, sentences(
+        fat, lambda c: f"{c['shared']} bytes, {aot.SHARED_LIMIT[c['target']]} there are"
+    )
+
+
+def test_within_budgets(report):
+    found = over_budget(report)
+    assert not found, "\n".join(
+        [*found, "if the change is wanted: python tests/aot.py --budgets, and look at the diff"]
+    )
+
+
+def test_older_triton_compiles_without_spills(older_report):
+    failed = [c for c in older_report["costs"] if "error" in c or c["stack"]]
+    assert older_report["costs"] and not failed, sentences(failed, lambda c: c.get("error", "spills"))
+
+
+def test_older_triton_within_budgets(older_report):
+    found = over_budget(older_report)
+    assert not found, "\n".join(found)

@@ -1,0 +1,495 @@
+"""add_positional_encoding and embeddings against the reference, in every dtype, on every path of their backwards."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastattn import backend, reference, use_backend
+from fastattn.check import check
+from fastattn.functional import add_positional_encoding, embeddings
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def kernels():
+    import fastattn.kernels.position as kernels
+
+    return kernels
+
+
+def randn(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+
+def ids(*shape, rows, device="cpu", dtype=torch.int64):
+    return torch.randint(rows, shape, device=device, dtype=dtype)
+
+
+def seeded(function, device):
+    """`function` with a fixed draw of its dropout seed, and that seed."""
+
+    def with_seed(*args, **kwargs):
+        torch.manual_seed(3)
+        return function(*args, **kwargs)
+
+    torch.manual_seed(3)
+    return with_seed, torch.randint(0, 2**63 - 1, (2,), device=device)
+
+
+def stock_sinusoid(x, offset=0, scale=1.0, position_ids=None):
+    """What a PyTorch model does: angles, sine and cosine in fp32, the sum in x's dtype."""
+    S, C = x.shape[-2:]
+    positions = torch.arange(S, device=x.device) + offset if position_ids is None else position_ids
+    frequency = torch.exp(torch.arange(0, C, 2, device=x.device).float() * (-math.log(10000.0) / C))
+    angle = positions.float()[..., None] * frequency
+    return scale * x + torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., :C].to(x.dtype)
+
+
+# Tiles are 32 x 64 (backward 16 x 64) at C <= 64 and 8 x 256 (4 x 256) beyond 128: three or more of each, the last ragged.
+ADD_SHAPES = [(1, 1, 5), (2, 3, 70, 33), (2, 18, 600), (3, 768), (2, 2, 1025)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ADD_SHAPES, ids=str)
+def test_add_matches_the_reference(shape, dtype, device):
+    x = randn(*shape, dtype=dtype, device=device)
+    table = randn(shape[-2] + 9, shape[-1], dtype=dtype, device=device)
+    learned, sinusoidal = dict(offset=4, scale=shape[-1] ** 0.5), dict(offset=1000, scale=2.0)
+    assert not check(add_positional_encoding, reference.add_positional_encoding, (x, table), options=learned)
+    rule = dict(options=sinusoidal, baseline=stock_sinusoid)
+    assert not check(add_positional_encoding, reference.add_positional_encoding, (x,), **rule)
+
+
+@pytest.mark.parametrize("shape", [(50,), (1, 50), (3, 50), (2, 1, 50)], ids=["S", "1 S", "B S", "A 1 S"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_add_takes_explicit_positions_that_repeat(shape, dtype, device):
+    x = randn(*((2, 3, 50, 12) if len(shape) == 3 else (3, 50, 12)), device=device)
+    table, positions = randn(7, 12, device=device), ids(*shape, rows=7, device=device, dtype=dtype)
+    rule = dict(options=dict(position_ids=positions))
+    assert not check(add_positional_encoding, reference.add_positional_encoding, (x, table), **rule)
+    rule["baseline"] = stock_sinusoid
+    assert not check(add_positional_encoding, reference.add_positional_encoding, (x,), **rule)
+
+
+def test_sinusoid_is_exact_for_positions_in_the_millions(device):
+    positions = torch.tensor([0, 1, 65535, 999_983, 1_000_003, 2**24 - 1], device=device)
+    for C in (1, 7, 512):
+        y = add_positional_encoding(torch.zeros(6, C, device=device), position_ids=positions)
+        torch.testing.assert_close(y.double(), reference.sinusoidal(positions, C), atol=3e-7, rtol=0)
+    negative = add_positional_encoding(torch.zeros(6, 4, device=device), position_ids=-positions)
+    torch.testing.assert_close(negative.double(), reference.sinusoidal(-positions, 4), atol=3e-7, rtol=0)
+
+
+def test_add_sums_a_long_batch_in_chunks(device):
+    x, table = randn(100, 2, 5, device=device), randn(3, 5, device=device)
+    assert not check(
+        add_positional_encoding, reference.add_positional_encoding, (x, table)
+    )  # 3 chunks, added up
+
+
+def test_add_shares_an_encoding_among_batches(device, kernels):
+    """Few programs, each for 16 of 37 batches, as a launch of many more rows has it."""
+    x, table, positions = (
+        torch.randn(37, 5, 6, device=device),
+        torch.randn(9, 6, device=device),
+        ids(5, rows=9),
+    )
+    config = dict(BLOCK_S=2, BLOCK_C=8, num_warps=4, PROGRAMS=1)
+    for arguments in ((table, None, None, 2), (None, None, None, 7), (table, positions.to(device), None, 0)):
+        arguments = (x, *arguments, 1.0, 0.0)
+        got = kernels.add_positional_encoding_fwd(*arguments, config=config)
+        assert torch.equal(got, kernels.add_positional_encoding_fwd(*arguments))
+
+
+TABLES = dict(V=40, T=3, P=20)
+EMBEDDING_OPTIONS = {
+    "plain": {},
+    "types": dict(type_ids=(5, 17)),
+    "broadcast types": dict(type_ids=(17,)),
+    "padding": dict(padding_idx=-3),
+    "shared positions": dict(position_ids=(1, 17)),
+    "positions": dict(position_ids=(5, 17)),
+}
+
+
+def lookups(row, device, dtype=torch.int64):
+    options = dict(EMBEDDING_OPTIONS[row])
+    for name, rows in (("type_ids", TABLES["T"]), ("position_ids", TABLES["P"])):
+        if name in options:
+            options[name] = ids(*options[name], rows=rows, device=device, dtype=dtype)
+    return options
+
+
+def with_ids(function, input_ids):
+    """`function` of the tables alone, in the order of its results' gradients."""
+
+    def of_tables(token, position, type_, weight, bias, **options):
+        return function(
+            input_ids, token, position, type_table=type_, norm_weight=weight, norm_bias=bias, **options
+        )
+
+    return of_tables
+
+
+def tables(C, dtype, device, norm=True, norm_dtype=None):
+    rows = [randn(TABLES[size], C, dtype=dtype, device=device) for size in "VPT"]
+    affine = [randn(C, dtype=norm_dtype or dtype, device=device) if norm else None for _ in range(2)]
+    return *rows, *affine
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "bare"])
+@pytest.mark.parametrize("row", EMBEDDING_OPTIONS)
+def test_embeddings_match_the_reference(row, norm, device):
+    input_ids = ids(5, 17, rows=TABLES["V"], device=device)
+    ours, wanted = with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids)
+    assert not check(ours, wanted, tables(33, torch.float32, device, norm), options=lookups(row, device))
+
+
+@pytest.mark.parametrize("C", [5, 768, 1025])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embeddings_in_every_dtype_and_width(dtype, C, device):
+    input_ids = ids(2, 3, rows=TABLES["V"], device=device, dtype=torch.int32)
+    ours, wanted = with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids)
+    stock = with_ids(stock_embeddings, input_ids)
+    for norm in (True, False) if C == 768 else (True,):
+        assert not check(ours, wanted, tables(C, dtype, device, norm), baseline=stock)
+
+
+def stock_embeddings(input_ids, token, position, *, type_table, norm_weight, norm_bias):
+    y = F.embedding(input_ids, token) + type_table[0] + position[: input_ids.shape[-1]]
+    return y if norm_weight is None else F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (40, 3)], ids=str)
+def test_embeddings_backward_walks_positions_and_batches(shape, device, kernels):
+    """Few programs, each over several positions and tiles of batches, with partial sums for every gradient."""
+    rows = [t if t is None else t.detach() for t in tables(24, torch.float32, device)]
+    arguments = (
+        ids(*shape, rows=TABLES["V"], device=device),
+        None,
+        None,
+        rows[0],
+        rows[2],
+        rows[1],
+        *rows[3:],
+    )
+    y, *stats = kernels.embeddings_fwd(*arguments, None, 1e-12, 0.0)
+    dy = torch.randn_like(y)
+    arguments = (dy, *arguments, *stats, None, -1, 0.0, True, True, True, True)
+    config = dict(BLOCK_B=2, BLOCK_C=32, num_warps=4, PROGRAMS=12)
+    few, many = kernels.embeddings_bwd(*arguments, config=config), kernels.embeddings_bwd(*arguments)
+    for got, wanted in zip(few, many, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_mix_dtypes(device):
+    token, position, type_, weight, bias = tables(16, torch.bfloat16, device, norm_dtype=torch.float32)
+    position = randn(TABLES["P"], 16, device=device)
+    input_ids = ids(4, 9, rows=TABLES["V"], device=device)
+    y = with_ids(embeddings, input_ids)(token, position, type_, weight, bias)
+    grads = torch.autograd.grad(y.float().sin().sum(), (token, position, type_, weight, bias))
+    assert y.dtype == torch.bfloat16
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.bfloat16] + 2 * [torch.float32]
+    only_token = embeddings(input_ids, token)
+    assert torch.equal(only_token, token[input_ids])
+
+
+def test_a_table_without_gradient_costs_nothing(device):
+    frozen = [t.detach() for t in tables(16, torch.float32, device)]
+    input_ids = ids(2, 3, rows=TABLES["V"], device=device)
+    for i in range(5):
+        mixed = [t.requires_grad_() if i == j else t.detach() for j, t in enumerate(frozen)]
+        assert not check(with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids), mixed)
+
+
+def test_dropout_is_the_reference_stream(device):
+    ours, seed = seeded(add_positional_encoding, device)
+    for p in (0.1, 0.5, 1.0):
+        y = ours(torch.ones(3, 37, 45, device=device), torch.zeros(37, 45, device=device), dropout_p=p)
+        assert torch.equal(y.cpu(), reference.dropout_mask(seed, (111, 45), p).float().view_as(y))
+    rule = dict(options=dict(dropout_p=0.1), reference_options=dict(dropout_p=0.1, seed=seed))
+    inputs = randn(3, 37, 45, device=device), randn(37, 45, device=device)
+    assert not check(ours, reference.add_positional_encoding, inputs, **rule)
+    input_ids = ids(3, 7, rows=TABLES["V"], device=device)
+    ours, _ = seeded(with_ids(embeddings, input_ids), device)
+    for norm in (True, False):
+        inputs = tables(45, torch.float32, device, norm)
+        assert not check(ours, with_ids(reference.embeddings, input_ids), inputs, **rule)
+    types = dict(type_ids=ids(3, 7, rows=TABLES["T"], device=device))
+    rule = {name: options | types for name, options in rule.items()}
+    assert not check(ours, with_ids(reference.embeddings, input_ids), inputs, **rule)
+
+
+RUNS = {
+    "one id": [4] * 50,
+    "two ids, crossing a chunk": [2] * 30 + [5] * 20,
+    "all different": list(range(50)),
+    "runs that end with a chunk": [1] * 16 + [2] * 32 + [3] * 2,
+    "a run inside, one across three chunks": [0] * 3 + [7] * 41 + [49] * 6,
+}
+
+
+@pytest.mark.parametrize("runs", RUNS)
+def test_rows_of_one_id_are_added_exactly(runs, device, kernels):
+    """Small integers, so that the sums have no rounding: any row lost, doubled or misplaced shows."""
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor(RUNS[runs])[order].to(device)
+    dy = torch.randint(-8, 8, (50, 300), device=device).float()
+    table = torch.zeros(50, 300, device=device)
+    arguments = (positions, None, 0, 1.0, 0.0, False, True)
+    for rows in (dy, dy.half()):
+        got = kernels.add_positional_encoding_bwd(rows[None], table, *arguments)[1]
+        assert torch.equal(got, table.index_add(0, positions, dy))
+
+
+def test_wrong_ids_are_clamped_where_nobody_reads_them(device, kernels):
+    wrong, right = torch.tensor([[-5, 2, 2**40]], device=device), torch.tensor([[0, 2, 3]], device=device)
+    table, x = randn(4, 8, device=device).detach(), torch.zeros(1, 3, 8, device=device)
+    for function in (
+        lambda i: kernels.embeddings_fwd(i, i, i, table, table, table, None, None, None, 1e-12, 0.0)[0],
+        lambda i: kernels.add_positional_encoding_fwd(x, table, i, None, 0, 1.0, 0.0),
+    ):
+        assert torch.equal(function(wrong), function(right))
+
+
+def test_strided_and_expanded_tensors(device):
+    x, table = randn(3, 19, 24, device=device).detach(), randn(60, 20, device=device).detach()
+    views = (x.transpose(0, 1), x[..., ::2], x[:1].expand(5, 19, 24), x.movedim(2, 0)[:, None])
+    for view in views:
+        rows = table[::3, : view.shape[-1]] if view.shape[-1] <= 20 else table.new_ones(24, 30).T[:20, :24]
+        wanted = add_positional_encoding(view.contiguous(), rows.contiguous()[: view.shape[-2]].contiguous())
+        assert torch.equal(add_positional_encoding(view, rows[: view.shape[-2]]), wanted)
+    x.requires_grad_(), table.requires_grad_()
+    y = add_positional_encoding(x[..., :20], table)
+    y.sum().backward()  # a gradient of stride 0
+    assert (
+        torch.equal(table.grad[:19], torch.full((19, 20), 3.0, device=device)) and not table.grad[19:].any()
+    )
+    strided = randn(3, 20, 19, device=device).detach().transpose(1, 2)
+    strided_grads = torch.autograd.grad(add_positional_encoding(x[..., :20], table), table, strided)
+    dense_grads = torch.autograd.grad(
+        add_positional_encoding(x[..., :20], table), table, strided.contiguous()
+    )
+    assert torch.equal(*strided_grads, *dense_grads)
+
+    input_ids = ids(17, 4, rows=TABLES["V"], device=device).T
+    arguments = tables(24, torch.float32, device)
+    ours = with_ids(embeddings, input_ids)
+    assert torch.equal(ours(*arguments), with_ids(embeddings, input_ids.contiguous())(*arguments))
+    for dy in (torch.ones((), device=device).expand(4, 17, 24), torch.randn(4, 24, 17, device=device).mT):
+        got, wanted = (torch.autograd.grad(ours(*arguments), arguments, g) for g in (dy, dy.contiguous()))
+        assert all(map(torch.equal, got, wanted))
+
+
+def test_two_runs_are_equal_to_the_bit(device):
+    input_ids, arguments = ids(5, 7, rows=4, device=device), tables(33, torch.bfloat16, device)
+    ours, _ = seeded(with_ids(embeddings, input_ids), device)
+    runs = [torch.autograd.grad(ours(*arguments, dropout_p=0.1).square().sum(), arguments) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)], ids=str)
+def test_empty_tensors(shape, device):
+    x, table = randn(*shape, device=device), randn(5, shape[-1], device=device)
+    y = add_positional_encoding(x, table, dropout_p=0.1)
+    dx, dtable = torch.autograd.grad(y.sum(), (x, table))
+    assert y.shape == dx.shape == shape and dtable.shape == table.shape and not dtable.any()
+    input_ids = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+    arguments = tables(shape[-1], torch.float32, device)
+    y = with_ids(embeddings, input_ids)(*arguments)
+    grads = torch.autograd.grad(y.sum(), arguments)
+    assert y.shape == shape and [g.shape for g in grads] == [t.shape for t in arguments]
+    assert not any(g.any() for g in grads)
+
+
+X, TABLE, IDS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.int64)
+BAD = [
+    (lambda: add_positional_encoding(X[0, 0]), ValueError, r"x must be floating \(\.\.\., S, C\)"),
+    (lambda: add_positional_encoding(X.long()), ValueError, "x must be floating"),
+    (lambda: add_positional_encoding(X, TABLE[:, :3]), ValueError, r"table must be \(rows, C\) with C = 4"),
+    (lambda: add_positional_encoding(X, TABLE.long()), TypeError, "table is torch.int64"),
+    (lambda: add_positional_encoding(X, TABLE.to("meta")), ValueError, "table is on meta"),
+    (
+        lambda: add_positional_encoding(X, TABLE, offset=3),
+        IndexError,
+        r"offset 3 .* rows 3 \.\. 5; table has 5",
+    ),
+    (lambda: add_positional_encoding(X, TABLE, offset=-1), IndexError, "offset -1"),
+    (lambda: add_positional_encoding(X, position_ids=IDS, offset=1), ValueError, "position_ids were given"),
+    (
+        lambda: add_positional_encoding(X, position_ids=IDS.float()),
+        TypeError,
+        "position_ids is torch.float32",
+    ),
+    (lambda: add_positional_encoding(X, position_ids=IDS[:, :2]), ValueError, "position_ids is .* broadcast"),
+    (lambda: add_positional_encoding(X, TABLE, position_ids=IDS + 5), IndexError, "position_ids has values"),
+    (lambda: add_positional_encoding(X, dropout_p=1.5), ValueError, "dropout_p is 1.5"),
+    (lambda: embeddings(IDS - 1, TABLE), IndexError, "input_ids has values from -1"),
+    (lambda: embeddings(IDS + 5, TABLE), IndexError, r"input_ids .* rows 0 \.\. 4"),
+    (lambda: embeddings(IDS.short(), TABLE), TypeError, "input_ids is torch.int16"),
+    (lambda: embeddings(IDS[0, 0], TABLE), ValueError, "input_ids must be"),
+    (lambda: embeddings(IDS, TABLE[0]), ValueError, "token_table must be"),
+    (lambda: embeddings(IDS, TABLE, TABLE[:2]), IndexError, "position_table has 2 rows"),
+    (lambda: embeddings(IDS, TABLE, TABLE[:, :2]), ValueError, "position_table must be"),
+    (lambda: embeddings(IDS, TABLE, position_ids=IDS), ValueError, "position_ids were given without"),
+    (lambda: embeddings(IDS, TABLE, type_ids=IDS), ValueError, "type_ids were given without a type_table"),
+    (lambda: embeddings(IDS, TABLE, type_table=TABLE[:0]), IndexError, "type_table has no rows"),
+    (lambda: embeddings(IDS, TABLE, norm_weight=TABLE), ValueError, "norm_weight must be"),
+    (lambda: embeddings(IDS, TABLE, norm_bias=TABLE[0]), ValueError, "norm_bias was given without"),
+    (lambda: embeddings(IDS, TABLE, padding_idx=5), ValueError, "padding_idx 5 is outside"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case[1].__name__} {case[2]}"[:40])
+def test_bad_input_is_named(case):
+    call, error, message = case
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_row_too_wide_for_the_norm_is_refused_with_a_reason():
+    token, weight = torch.zeros(2, 5000), torch.ones(5000)
+    with pytest.raises(NotImplementedError, match="C 5000 is above 4096"):
+        embeddings(IDS, token, norm_weight=weight)
+    with use_backend(None):
+        assert embeddings(IDS, token, norm_weight=weight).shape == (2, 3, 5000)
+
+
+@pytest.mark.parametrize("row", EMBEDDING_OPTIONS)
+def test_stock_torch_serves_every_option(row):
+    with use_backend("torch"):
+        input_ids = ids(5, 17, rows=TABLES["V"])
+        ours, wanted = with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids)
+        assert not check(ours, wanted, tables(33, torch.float32, "cpu"), options=lookups(row, "cpu"))
+        x, table = randn(5, 17, 33), randn(TABLES["P"], 33)
+        options = {k: v for k, v in lookups(row, "cpu").items() if k == "position_ids"} | dict(scale=3.0)
+        for inputs in ((x, table), (x,)):
+            assert not check(
+                add_positional_encoding, reference.add_positional_encoding, inputs, options=options
+            )
+
+
+def test_torch_func_takes_stock_torch():
+    table, input_ids = torch.randn(5, 4), ids(3, 2, rows=5)
+    with use_backend(None):
+        batched = torch.vmap(lambda i: embeddings(i, table))(input_ids)
+        assert torch.equal(batched, table[input_ids])
+        tangent = torch.func.jvp(lambda t: add_positional_encoding(t, table), (table,), (table,))[1]
+        assert torch.equal(tangent, table)
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.vmap(lambda i: embeddings(i, table))(input_ids)
+
+
+def test_dropout_of_stock_torch_keeps_the_mean():
+    with use_backend("torch"):
+        for y in (
+            add_positional_encoding(torch.ones(200, 50), torch.zeros(200, 50), dropout_p=0.25),
+            embeddings(torch.zeros(200, dtype=torch.int64), torch.ones(1, 50), dropout_p=0.25),
+        ):
+            assert y.unique().tolist() == pytest.approx([0, 4 / 3]) and abs(y.mean() - 1) < 0.05
+
+
+def operands():
+    """Arguments of each torch op, as the public functions pass them."""
+    seed, weight = torch.tensor([5, 6]), randn(8).detach()
+    token, position, type_ = (randn(n, 8).detach() for n in (9, 4, 2))
+    words, rows = ids(2, 3, rows=9), (ids(2, 3, rows=2), None)
+    stats = (torch.zeros(6), torch.ones(6), seed)
+    return {
+        "add_positional_encoding_fwd": (X, TABLE, IDS, seed, 0, 1.0, 0.1),
+        "add_positional_encoding_bwd": (X, TABLE, None, seed, 1, 1.0, 0.1, True, True),
+        "embeddings_fwd": (words, *rows, token, type_, position, weight, weight, seed, 1e-12, 0.1),
+        "embeddings_bwd": (
+            X.new_zeros(2, 3, 8), words, *rows, token, type_, position, weight, weight, *stats, -1, 0.1,
+            True, True, True, True,
+        ),  # fmt: skip
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", operands())
+def test_torch_ops_pass_opcheck(name, device):
+    arguments = (a.to(device) if isinstance(a, torch.Tensor) else a for a in operands()[name])
+    torch.library.opcheck(getattr(torch.ops.fastattn, name).default, (*arguments, "triton"))
+
+
+def test_compiles_to_one_graph(device):
+    input_ids = ids(2, 6, rows=TABLES["V"], device=device)
+    arguments = tables(12, torch.float32, device)
+
+    def model(*arguments):
+        y = with_ids(embeddings, input_ids)(*arguments, type_ids=input_ids % 3, dropout_p=0.5)
+        y = y + embeddings(input_ids, arguments[0], arguments[0], position_ids=input_ids)  # one tensor twice
+        return add_positional_encoding(y, scale=2.0)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (model, compiled):
+        torch.manual_seed(1)
+        y = function(*arguments)
+        results.append((y, *torch.autograd.grad(y.square().sum(), arguments)))
+    assert all(map(torch.equal, *results))
+
+
+def test_double_backward(device):
+    """Through the composite path, with the same dropout mask."""
+    input_ids = ids(2, 5, rows=6, device=device)
+    x, table = randn(2, 5, 12, device=device), randn(7, 12, device=device)
+    rows = tables(12, torch.float32, device)
+    for function, wanted, inputs in (
+        (add_positional_encoding, reference.add_positional_encoding, (x, table)),
+        (with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids), rows),
+    ):
+        function, seed = seeded(function, device)
+        ours = second_gradients(lambda *a, f=function: f(*a, dropout_p=0.2), inputs)
+        exact = [t.detach().double().requires_grad_() for t in inputs]
+        theirs = second_gradients(lambda *a, f=wanted, s=seed: f(*a, dropout_p=0.2, seed=s), exact)
+        for got, want in zip(ours, theirs, strict=True):
+            assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def second_gradients(function, inputs):
+    first = torch.autograd.grad(function(*inputs).pow(3).sum(), inputs, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+
+def test_tiles_are_legal(kernels):
+    from fastattn.ops.position import MAX_NORM_C
+
+    assert kernels.NORM[-1][0] == kernels.NORM_BACKWARD[-1][0] == MAX_NORM_C
+    for table in (kernels.ADD, kernels.ADD_BACKWARD, kernels.NORM, kernels.NORM_BACKWARD):
+        limits = [limit for limit, _ in table]
+        assert limits == sorted(limits)
+        assert all(size & (size - 1) == 0 for _, tile in table for size in tile.values())
+        assert all(tile["BLOCK_C"] >= 8 for _, tile in table)  # row_dropout draws for eight columns
+    for limit, tile in kernels.NORM + kernels.NORM_BACKWARD:
+        assert tile["BLOCK_C"] == limit  # the norm needs a row in one tile
+
+
+def test_calls_are_counted(device):
+    before = backend.calls["position", "triton"]
+    add_positional_encoding(torch.zeros(1, 2, 4, device=device))
+    assert backend.calls["position", "triton"] == before + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beyond_2_31_elements(dtype):
+    B, S, C = 2**11 + 1, 1024, 1024
+    x = torch.zeros(B, S, C, dtype=dtype, device="cuda")
+    table = torch.randn(S, C, device="cuda").to(dtype)
+    y = add_positional_encoding(x, table)
+    assert torch.equal(y[-1], table) and torch.equal(y[0], table)
+    del x
+    token = torch.randn(50, C, device="cuda").to(dtype)
+    input_ids = torch.full((B, S), 49, dtype=torch.int32, device="cuda")
+    y = embeddings(input_ids, token)
+    assert torch.equal(y[-1, -1], token[49])
