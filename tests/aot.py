@@ -43,6 +43,7 @@ from fastattn.benchmarks import model  # noqa: E402
 
 BUDGETS = ROOT / "tests" / "data" / "resources.json"
 CENSUS = ROOT / "tests" / "data" / "census.json"
+PINNED = "3.7.1"  # the triton of constraints.txt, whose numbers the census has
 SECOND_TRITON = ROOT / ".triton-3.6"
 TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
@@ -405,6 +406,7 @@ def report(everything=False, target_names=TARGETS, only_shipped=False):
     return {
         "triton": triton.__version__,
         "specialisations": total,
+        "shipped only": only_shipped,
         "stale": stale,
         "seconds": round(time.perf_counter() - started, 1),
         "costs": sorted(costs, key=lambda c: (c["target"], c["key"], c["alignment"])),

@@ -33,7 +33,7 @@ def written(folder):
 
 
 def a_case():
-    return bench_layer_norm.layer_norm(16, 64, torch.float32)
+    return bench_layer_norm.layer_norm(16, 128, torch.float32)
 
 
 def test_bench_writes_table_csv_json_and_plot(tmp_path):
@@ -60,7 +60,7 @@ def test_a_wrong_result_has_no_time_and_fails_the_run(tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "2 x torch's own" in done.output.replace("\n", " ") and "failed" in done.output
     for row in written(tmp_path):
-        assert bool(row["median_us"]) == (row["provider"] == "eager")
+        assert bool(row["median_us"]) == (row["provider"] == "eager" or row["op"] != "layer_norm")
 
 
 def test_a_wrong_gradient_alone_is_caught():
