@@ -185,7 +185,7 @@ def run(device, quick, data, progress):
     }
     task = progress.add_task("GPT through Triton", total=FOLLOWED_STEPS)
     try:
-        result["followed"] = _followed(device, lambda: progress.advance(task))
+        result["followed"] = _followed(device, FOLLOWED_STEPS, lambda: progress.advance(task))
         wrong += result["followed"]["wrong"]
     except Exception as e:  # its process may die in any way; the other results are still worth printing
         result["followed"] = None
@@ -204,7 +204,7 @@ def _mfu(settings, model, found, device):
     return {name: flops / statistics.median(runner.seconds) / peak / 1e12 for name, runner in found.items()}
 
 
-def follow(device, steps=FOLLOWED_STEPS, step_done=lambda: None):
+def follow(device, steps, step_done):
     """Train a two-layer GPT with use_backend("triton"); at every step stock torch computes the same loss and gradients, in fp32
     and in float64, at the same weights. Beside it, eager trains by itself from the same seed.
 
@@ -261,10 +261,10 @@ def follow(device, steps=FOLLOWED_STEPS, step_done=lambda: None):
     }
 
 
-def _followed(device, step_done):
+def _followed(device, steps, step_done):
     if device.type == "cuda":
-        return follow(device, step_done=step_done)
-    command = [sys.executable, "-m", "fastattn.benchmarks.bench_gpt"]
+        return follow(device, steps, step_done)
+    command = [sys.executable, "-m", "fastattn.benchmarks.bench_gpt", str(steps)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
@@ -321,4 +321,7 @@ def tell(result, wrong):
 
 
 if __name__ == "__main__":
-    print(json.dumps(follow(torch.device("cpu"), step_done=lambda: print("step", flush=True))), flush=True)
+    print(
+        json.dumps(follow(torch.device("cpu"), int(sys.argv[1]), lambda: print("step", flush=True))),
+        flush=True,
+    )

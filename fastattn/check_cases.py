@@ -157,7 +157,7 @@ class Result:
     label: str
     dtype: str
     backend: str
-    state: str  # "right", "refused" or "wrong"
+    state: str  # "right", "refused", "wrong" or "uncompared"
     sentence: str = ""
     called: tuple = ()  # the ops, as fastattn.backend counts them, that `backend` computed
 

@@ -135,7 +135,7 @@ def check(device: Device = "", op: Op = None):
         states = {
             (r.backend, r.dtype): r.state for r in results if (r.function, r.label) == (function, label)
         }
-        table.add_row(function, label, *(_paint(states.get(column, "")) for column in columns))
+        table.add_row(function, label, *(PAINTED[states[column]] for column in columns))
     console.print(table)
     wrong = [r for r in results if r.state == "wrong"]
     for sentence in dict.fromkeys(
@@ -153,10 +153,12 @@ def check(device: Device = "", op: Op = None):
     raise typer.Exit(bool(wrong))
 
 
-def _paint(state):
-    return {"right": "[green]right[/]", "wrong": "[bold red]WRONG[/]", "refused": "[yellow]refused[/]"}.get(
-        state, state
-    )
+PAINTED = {
+    "right": "[green]right[/]",
+    "wrong": "[bold red]WRONG[/]",
+    "refused": "[yellow]refused[/]",
+    "uncompared": "[dim]–[/]",
+}
 
 
 @app.command()
