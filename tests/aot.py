@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of what the launchers ask for, for GPUs that are not there, and what the code then costs.
 
-    python tests/aot.py --update [-- pytest arguments]   run the tests, rewrite the list of specialisations
+    python tests/aot.py --update [pytest arguments]      run the tests, rewrite the list of specialisations
+    python tests/aot.py --add                            add what the last test run launched to the list, without a run
     python tests/aot.py --budgets                        compile, rewrite budgets and census: after a kernel changed on purpose
     python tests/aot.py --report FILE [--all]            compile, write what each kernel costs to FILE; --all: every listed
                                                          specialisation instead of a choice that covers
@@ -508,35 +509,36 @@ def update_budgets():
     CENSUS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
-def update_list(arguments):
-    """Runs the tests, keeps the fewest calls (greedily) that make every launch seen, and writes them down."""
-    with tempfile.TemporaryDirectory() as folder:
-        noted = pathlib.Path(folder) / "launches.json"
+def update_list(arguments, last_run):
+    """The fewest calls (greedily) that make every launch of the tests; after a test run that just ended, those of before too."""
+    if not last_run:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "pytest", "-q", f"--launches={noted}", *arguments]
-        subprocess.run(command, cwd=ROOT, env=environment)
-        if not noted.exists():
-            sys.exit("the tests did not run to their end, so the list stays as it is")
-        note = json.loads(noted.read_text())
-    made = {key for keys in note["launched"].values() for key in keys}
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], cwd=ROOT, env=environment)
+    note = json.loads(launches.NOTE.read_text())
     given = set(note["given_tile"])
-    calls = [json.loads(call) for call in sorted(note["launched"]) if call != "null"]
-    replayed = [set(keys) for keys, _ in collect(calls, "sm_90", processors=8)]
-    replayed = [keys | {launches.base(k) for k in keys} for keys in replayed]
-    wanted = (made - given) | {launches.base(k) for k in given}
-    unreached = wanted - set().union(*replayed)
+    wanted = {key for keys in note["launched"].values() for key in keys} - given
+    wanted |= {launches.base(key) for key in given}
+    if not wanted:
+        sys.exit("the tests launched nothing, so the list stays as it is")
+    calls = {call for call in note["launched"] if call != "null"}
+    if last_run:
+        calls |= {json.dumps(entry["call"]) for entry in launches.listed_calls()}
+    calls = [json.loads(call) for call in sorted(calls)]
+    made = [set(keys) for keys, _ in collect(calls, "sm_90", processors=8)]
+    if last_run:
+        listed = {key for entry in launches.listed_calls() for key in entry["keys"]}
+        wanted |= listed & set().union(*made)
+    reached = [keys | {launches.base(key) for key in keys} for keys in made]
+    unreached = wanted - set().union(*reached)
     for key in sorted(unreached):
         print(f"launched in the tests, but no launcher call makes it: {key}")
     entries, open_ = [], wanted - unreached
     while open_:
-        best = max(range(len(calls)), key=lambda i: len(replayed[i] & open_))
-        entries.append(
-            {"call": calls[best], "keys": sorted(k for k in replayed[best] if " | " in k or k.endswith("=1"))}
-        )
-        open_ -= replayed[best]
-    entries.sort(key=lambda e: json.dumps(e["call"]))
-    launches.LIST.parent.mkdir(exist_ok=True)
-    launches.LIST.write_text("[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
+        best = max(range(len(calls)), key=lambda i: len(reached[i] & open_))
+        entries.append({"call": calls[best], "keys": sorted(made[best])})
+        open_ -= reached[best]
+    entries.sort(key=lambda entry: json.dumps(entry["call"]))
+    launches.LIST.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
     print(f"{launches.LIST.relative_to(ROOT)}: {len(wanted)} keys by {len(entries)} calls")
 
 
@@ -545,6 +547,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--update", action="store_true")
+    parser.add_argument("--add", action="store_true")
     parser.add_argument("--budgets", action="store_true")
     parser.add_argument("--report", metavar="FILE", type=pathlib.Path)
     parser.add_argument("--all", action="store_true")
@@ -553,8 +556,8 @@ def main():
     options, rest = parser.parse_known_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         sys.exit("aot.py compiles, so TRITON_INTERPRET must not be set")
-    if options.update:
-        update_list(rest)
+    if options.update or options.add:
+        update_list(rest, last_run=options.add)
     if options.budgets:
         update_budgets()
     if options.report:

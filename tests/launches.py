@@ -6,7 +6,7 @@ A launch is known by its key: the kernel; one letter for each argument that is n
 what stands before the bar. Triton compiles an integer argument of 1 as a constant, so `kernel N=1` is a key too.
 
 tests/data/specialisations.json holds calls of launchers that together make all those launches: what is compiled is what a
-launcher asks for, shipped tile and all. `python tests/aot.py --update` writes it.
+launcher asks for, shipped tile and all. `python tests/aot.py --add` or `--update` writes it.
 """
 
 import collections
@@ -22,6 +22,7 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTE = ROOT / ".pytest_cache" / "launches.json"  # what the last run launched
 LIST = ROOT / "tests" / "data" / "specialisations.json"
 LETTERS = {
     torch.float16: "h",
@@ -185,25 +186,18 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["launches"] = note()
         return
-    if path := session.config.getoption("--launches", None):
-        pathlib.Path(path).write_text(json.dumps(note()))
-    elif missing() and session.exitstatus == 0:
+    NOTE.parent.mkdir(exist_ok=True)
+    NOTE.write_text(json.dumps(note()))
+    if missing() and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     absent = missing()
-    if absent and not config.getoption("--launches", None):
+    if absent:
         terminalreporter.section("launches that no ahead-of-time test compiles", red=True)
         for key in absent[:20]:
             terminalreporter.line(key)
         terminalreporter.line(
-            f"{len(absent)} launches are not in {LIST.relative_to(ROOT)}: "
-            "`python tests/aot.py --update` runs the tests once more and rewrites it"
+            f"{len(absent)} launches are not in {LIST.relative_to(ROOT)}: `python tests/aot.py --add` adds them"
         )
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--launches", metavar="FILE", help="write every Triton launch of this run to FILE, check nothing"
-    )

@@ -92,8 +92,8 @@ def add_case(rms, N, dropout_p, prenorm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wide_residual", [False, True], ids=["one dtype", "fp32 residual"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("M, N, rms, prenorm", [(70, 100, False, True), (7, 1025, True, False), (2, 17000, False, False),
-                                                (2, 17000, True, True), (2, 9000, False, True)])  # fmt: skip
+@pytest.mark.parametrize("M, N, rms, prenorm", [(70, 100, False, True), (7, 1025, True, False), (1, 17000, False, False),
+                                                (1, 17000, True, True), (2, 9000, False, True)])  # fmt: skip
 def test_add_norm(M, N, rms, prenorm, dropout_p, wide_residual, dtype):
     if wide_residual and dtype == torch.float32:
         pytest.skip("the same case")
@@ -226,8 +226,8 @@ def test_empty(shape):
 
 
 def test_deterministic():
-    x, weight, bias = leaf(200, 300, dtype=torch.bfloat16), leaf(300), leaf(300)
-    dy = torch.randn(200, 300).bfloat16()
+    x, weight, bias = leaf(60, 300, dtype=torch.bfloat16), leaf(300), leaf(300)
+    dy = torch.randn(60, 300).bfloat16()
     runs = [
         torch.autograd.grad(forced(layer_norm)(x, (300,), weight, bias), (x, weight, bias), dy)
         for _ in range(2)
@@ -261,8 +261,8 @@ def test_the_launchers_behind_torch_ops():
                          ids=["layer_norm", "add_layer_norm"])  # fmt: skip
 def test_compiles_to_one_graph(function):
     def block(x, weight, bias):
-        rows = (x,) if function is layer_norm else (x, 2 * x)
-        return function(*rows, (24,), weight, bias).sin()
+        rows = (x,) if function is layer_norm else (x, x)
+        return function(*rows, (24,), weight, weight).sin() * bias
 
     inputs = leaf(5, 24), leaf(24), leaf(24)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
