@@ -164,7 +164,7 @@ def collect(calls, target_name, processors, shipped=False):
                 first = len(found), len(keys)
                 launcher = getattr(importlib.import_module(f"fastattn.kernels.{module}"), function)
                 launcher(*(imagine(a, device) for a in args))
-                made.append((sorted({k for ks in keys[first[1] :] for k in ks}), found[first[0] :]))
+                made.append((sorted({k for _, ks in keys[first[1] :] for k in ks}), found[first[0] :]))
     finally:
         JITFunction.run, JITFunction._do_compile = run, compile_
     return made
@@ -527,12 +527,10 @@ def update_list(arguments, last_run):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], cwd=ROOT, env=environment)
     note = json.loads(launches.NOTE.read_text())
-    given = set(note["given_tile"])
-    wanted = {key for keys in note["launched"].values() for key in keys} - given
-    wanted |= {launches.base(key) for key in given}
+    wanted = {key for keys in note.values() for key in keys}
     if not wanted:
         sys.exit("the tests launched nothing, so the list stays as it is")
-    calls = {call for call in note["launched"] if call != "null"}
+    calls = set(note)
     if last_run:
         calls |= {json.dumps(entry["call"]) for entry in launches.listed_calls()}
     calls = [json.loads(call) for call in sorted(calls)]
@@ -541,15 +539,14 @@ def update_list(arguments, last_run):
     if last_run:
         listed = {key for entry in launches.listed_calls() for key in entry["keys"]}
         wanted |= listed & set().union(*made)
-    reached = [keys | {launches.base(key) for key in keys} for keys in made]
-    unreached = wanted - set().union(*reached)
+    unreached = wanted - set().union(*made)
     for key in sorted(unreached):
         print(f"launched in the tests, but no launcher call makes it: {key}")
     entries, open_ = [], wanted - unreached
     while open_:
-        best = max(range(len(calls)), key=lambda i: len(reached[i] & open_))
+        best = max(range(len(calls)), key=lambda i: len(made[i] & open_))
         entries.append({"call": calls[best], "keys": sorted(made[best])})
-        open_ -= reached[best]
+        open_ -= made[best]
     entries.sort(key=lambda entry: json.dumps(entry["call"]))
     launches.LIST.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
     print(f"{launches.LIST.relative_to(ROOT)}: {len(wanted)} keys by {len(entries)} calls")
