@@ -145,15 +145,16 @@ def test_launcher_allocates_what_the_extension_fills(monkeypatch):
 
 def test_layer_norm_refuses_in_a_sentence(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    assert "the tensors are on cpu" in cuda.layer_norm_why_not(BASE, None, None)
-    assert "torch.float64" in cuda.layer_norm_why_not(BASE.double(), None, None)
+    assert "the tensors are on cpu" in cuda.layer_norm_why_not(BASE, None, None, BASE.dtype)
+    assert "torch.float64" in cuda.layer_norm_why_not(BASE.double(), None, None, torch.float64)
     monkeypatch.setattr(cuda, "why_not", lambda *tensors: None)
     half, ones = BASE.half(), torch.ones(6)
-    assert cuda.layer_norm_why_not(half, ones, ones) is None
-    assert cuda.layer_norm_why_not(half, ones.half(), None) is None
-    assert "must both be" in cuda.layer_norm_why_not(half, ones, ones.half())
-    assert "must both be" in cuda.layer_norm_why_not(BASE, ones.half(), None)
-    assert "contiguous" in cuda.layer_norm_why_not(BASE, torch.ones(12)[::2], None)
+    assert cuda.layer_norm_why_not(half, ones, ones, half.dtype) is None
+    assert cuda.layer_norm_why_not(half, ones.half(), None, half.dtype) is None
+    assert "must both be" in cuda.layer_norm_why_not(half, ones, ones.half(), half.dtype)
+    assert "is wanted in torch.float32" in cuda.layer_norm_why_not(half, ones, ones, torch.float32)
+    assert "must both be" in cuda.layer_norm_why_not(BASE, ones.half(), None, BASE.dtype)
+    assert "contiguous" in cuda.layer_norm_why_not(BASE, torch.ones(12)[::2], None, BASE.dtype)
 
 
 gpu = pytest.mark.gpu
