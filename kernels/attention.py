@@ -29,38 +29,70 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 FLOAT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
-# Rows (largest head dim, tile) by direction, bits of the dtype and architecture class. Chosen by AOT resources (no spills
-# on sm_90 under triton 3.6 and 3.7); not yet measured.
+# Tiles (largest head dim, row) by kernel and kind of call. "plain" and "rich": 16-bit inputs on sm_90 and sm_100 (227 KB of
+# shared memory), without and with bias, mask, dropout, softcap or slopes, which take registers; "small": 16-bit inputs on any
+# other GPU, AMD's included, within 64 KB; "fp32": the ordinary units multiply, everywhere. The largest that do not spill on
+# sm_90 under triton 3.6 and 3.7, by ahead-of-time compilation; not yet measured.
 # fmt: off
 TILES = {
-    ("fwd", 16, 90): [
+    ("fwd", "plain"): [
         (64, dict(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3)),
         (128, dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)),
         (256, dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)),
     ],
-    ("dkdv", 16, 90): [
-        (64, dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)),
-        (128, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
-        (256, dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=1)),
-    ],
-    ("dq", 16, 90): [
+    ("fwd", "rich"): [
         (64, dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)),
         (128, dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)),
-        (256, dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1)),
+        (256, dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)),
     ],
-    ("fwd", 32, 90): [
-        (64, dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)),
-        (128, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)),
-        (256, dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)),
+    ("fwd", "small"): [
+        (64, dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=1)),
+        (256, dict(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1)),
     ],
-    ("dkdv", 32, 90): [
-        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)),
-        (128, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)),
+    ("fwd", "fp32"): [
+        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)),
+        (128, dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2)),
         (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)),
     ],
-    ("dq", 32, 90): [
-        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)),
-        (128, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)),
+    ("dkdv", "plain"): [
+        (64, dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
+        (256, dict(BLOCK_M=16, BLOCK_N=64, num_warps=16, num_stages=2)),
+    ],
+    ("dkdv", "rich"): [
+        (64, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=16, BLOCK_N=128, num_warps=8, num_stages=2)),
+        (256, dict(BLOCK_M=16, BLOCK_N=64, num_warps=16, num_stages=2)),
+    ],
+    ("dkdv", "small"): [
+        (64, dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2)),
+        (128, dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2)),
+        (256, dict(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1)),
+    ],
+    ("dkdv", "fp32"): [
+        (64, dict(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=2)),
+        (128, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)),
+        (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)),
+    ],
+    ("dq", "plain"): [
+        (64, dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)),
+        (256, dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)),
+    ],
+    ("dq", "rich"): [
+        (64, dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)),
+        (256, dict(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2)),
+    ],
+    ("dq", "small"): [
+        (64, dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=1)),
+        (256, dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)),
+    ],
+    ("dq", "fp32"): [
+        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)),
+        (128, dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2)),
         (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)),
     ],
 }
@@ -179,21 +211,21 @@ def place(rules, bh, BOTTOM_RIGHT: tl.constexpr):
 
 @triton.jit
 def span(first, last, owned, length, shift, back, ahead, BLOCK: tl.constexpr):
-    """Tile bounds (lo, clean_lo, clean_hi, hi) of a walk over positions x < length for the owned positions [first, last).
+    """Bounds of a walk over positions x < length for the owned positions t in [first, last): masked, clean, masked tiles.
 
-    t + shift - back <= x <= t + shift + ahead is needed of a pair (None: open). Every tile in [clean_lo, clean_hi) is
-    allowed to the last pair, the others in [lo, hi) need checks. A range that reaches past `owned` has no clean tiles.
+    A pair needs t + shift - back <= x <= t + shift + ahead (None: open). Of the four bounds, the second and third enclose
+    the tiles in which every pair is allowed. A range that reaches past `owned` has none.
     """
-    lo, hi = 0, tl.where(first < owned, length, 0)
-    clean_lo, clean_hi = 0, tl.where(last <= owned, length // BLOCK * BLOCK, 0)
+    lo, clean_lo = 0, 0
+    hi = tl.where(first < owned, length, 0)
+    clean_hi = tl.where(last <= owned, length // BLOCK * BLOCK, 0)
     last = tl.minimum(last, owned)
+    if ahead is not None:
+        hi = tl.minimum(hi, tl.maximum(last + shift + ahead, 0))
+        clean_hi = tl.minimum(clean_hi, tl.maximum(first + shift + ahead + 1, 0) // BLOCK * BLOCK)
     if back is not None:
         lo = tl.maximum(first + shift - back, 0) // BLOCK * BLOCK
         clean_lo = tl.minimum(tl.cdiv(tl.maximum(last - 1 + shift - back, 0), BLOCK) * BLOCK, hi)
-    if ahead is not None:
-        hi = tl.minimum(hi, tl.maximum(last + shift + ahead, 0))
-        clean_lo = tl.minimum(clean_lo, hi)
-        clean_hi = tl.minimum(clean_hi, tl.maximum(first + shift + ahead + 1, 0) // BLOCK * BLOCK)
     return lo, clean_lo, tl.maximum(clean_lo, clean_hi), hi
 
 
@@ -237,7 +269,7 @@ def stats_head(stats, b, h, start):
 def load_lse(ptr, m, q_len, rules):
     """lse in the logits' unit; +inf where nothing is attended or no row is, which makes exp(s - lse) zero."""
     lse = tl.load(ptr + m, mask=m < q_len, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * rules.unit)
+    return tl.where(lse == float("-inf"), float("inf"), tl.maximum(lse * rules.unit, -FLOAT_MAX))
 
 
 @triton.jit
@@ -387,19 +419,11 @@ def attention_fwd_kernel(
     scale, factor = rules.scale, 1.0
     if FOLD:
         scale, factor = 1.0, rules.scale
-    lo, clean_lo, clean_hi, hi = span(
-        m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N
-    )
-    if rules.left is not None:
+    walk = span(m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N)
+    for part in tl.static_range(3):
         acc, l_i, m = attention_fwd_tiles(
-            acc, l_i, m, q_tile, k_ptr, k.stride_m, v_ptr, v.stride_m, m0, lo, clean_lo, scale, factor, rules, at,
-            D, DV, BLOCK_N, PRECISION, True)  # fmt: skip
-    acc, l_i, m = attention_fwd_tiles(
-        acc, l_i, m, q_tile, k_ptr, k.stride_m, v_ptr, v.stride_m, m0, clean_lo, clean_hi, scale, factor, rules, at,
-        D, DV, BLOCK_N, PRECISION, False)  # fmt: skip
-    acc, l_i, m = attention_fwd_tiles(
-        acc, l_i, m, q_tile, k_ptr, k.stride_m, v_ptr, v.stride_m, m0, clean_hi, hi, scale, factor, rules, at,
-        D, DV, BLOCK_N, PRECISION, True)  # fmt: skip
+            acc, l_i, m, q_tile, k_ptr, k.stride_m, v_ptr, v.stride_m, m0, walk[part], walk[part + 1],
+            scale, factor, rules, at, D, DV, BLOCK_N, PRECISION, part != 1)  # fmt: skip
 
     offs_m = m0 + tl.arange(0, BLOCK_M)
     attended = (l_i > 0) & (offs_m < at.q_len)
@@ -497,19 +521,11 @@ def attention_bwd_dkdv_kernel(
         q_ptr, do_ptr = head(q, b, h, at.start_q), head(do, b, h, at.start_q)
         lse_ptr, delta_ptr = stats_head(lse, b, h, at.start_q), stats_head(delta, b, h, at.start_q)
         sums = tl.zeros((BLOCK_N,), tl.float32)
-        lo, clean_lo, clean_hi, hi = span(
-            n0, n0 + BLOCK_N, at.kv_len, at.q_len, -at.shift, rules.right, rules.left, BLOCK_M
-        )
-        if rules.right is not None:
+        walk = span(n0, n0 + BLOCK_N, at.kv_len, at.q_len, -at.shift, rules.right, rules.left, BLOCK_M)
+        for part in tl.static_range(3):
             dk_acc, dv_acc, sums = attention_bwd_dkdv_tiles(
-                dk_acc, dv_acc, sums, k_tile, v_tile, q_ptr, q.stride_m, do_ptr, do.stride_m, lse_ptr, delta_ptr, dbias,
-                n0, lo, clean_lo, rules, at, D, DV, BLOCK_M, PRECISION, True)  # fmt: skip
-        dk_acc, dv_acc, sums = attention_bwd_dkdv_tiles(
-            dk_acc, dv_acc, sums, k_tile, v_tile, q_ptr, q.stride_m, do_ptr, do.stride_m, lse_ptr, delta_ptr, dbias,
-            n0, clean_lo, clean_hi, rules, at, D, DV, BLOCK_M, PRECISION, False)  # fmt: skip
-        dk_acc, dv_acc, sums = attention_bwd_dkdv_tiles(
-            dk_acc, dv_acc, sums, k_tile, v_tile, q_ptr, q.stride_m, do_ptr, do.stride_m, lse_ptr, delta_ptr, dbias,
-            n0, clean_hi, hi, rules, at, D, DV, BLOCK_M, PRECISION, True)  # fmt: skip
+                dk_acc, dv_acc, sums, k_tile, v_tile, q_ptr, q.stride_m, do_ptr, do.stride_m, lse_ptr, delta_ptr,
+                dbias, n0, walk[part], walk[part + 1], rules, at, D, DV, BLOCK_M, PRECISION, part != 1)  # fmt: skip
         if dbias is not None:
             offs_n = n0 + tl.arange(0, BLOCK_N)
             tl.store(stats_head(dbias, b, h, at.start_k) + offs_n, sums, mask=offs_n < at.keys)
@@ -578,26 +594,18 @@ def attention_bwd_dq_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
 
-    lo, clean_lo, clean_hi, hi = span(
-        m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N
-    )
-    if rules.left is not None:
+    walk = span(m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N)
+    for part in tl.static_range(3):
         acc, sums = attention_bwd_dq_tiles(
             acc, sums, q_tile, do_tile, lse_m, delta_m, k_ptr, k.stride_m, v_ptr, v.stride_m, dbias, dbias_rows,
-            m0, lo, clean_lo, rules, at, D, DV, BLOCK_N, PRECISION, True)  # fmt: skip
-    acc, sums = attention_bwd_dq_tiles(
-        acc, sums, q_tile, do_tile, lse_m, delta_m, k_ptr, k.stride_m, v_ptr, v.stride_m, dbias, dbias_rows,
-        m0, clean_lo, clean_hi, rules, at, D, DV, BLOCK_N, PRECISION, False)  # fmt: skip
-    acc, sums = attention_bwd_dq_tiles(
-        acc, sums, q_tile, do_tile, lse_m, delta_m, k_ptr, k.stride_m, v_ptr, v.stride_m, dbias, dbias_rows,
-        m0, clean_hi, hi, rules, at, D, DV, BLOCK_N, PRECISION, True)  # fmt: skip
+            m0, walk[part], walk[part + 1], rules, at, D, DV, BLOCK_N, PRECISION, part != 1)  # fmt: skip
 
     store_tile(head(dq, b, h, at.start_q), dq.stride_m, m0, at.rows, acc * softmax_scale, D)
     if dbias is not None:  # what the walk skipped
         nothing = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for n0 in range(0, lo, BLOCK_N):
+        for n0 in range(0, walk[0], BLOCK_N):
             store_plane(dbias, b, h, m0, n0, rules, nothing)
-        for n0 in range(tl.maximum(tl.cdiv(hi, BLOCK_N) * BLOCK_N, lo), rules.S_k, BLOCK_N):
+        for n0 in range(tl.maximum(tl.cdiv(walk[3], BLOCK_N) * BLOCK_N, walk[0]), rules.S_k, BLOCK_N):
             store_plane(dbias, b, h, m0, n0, rules, nothing)
     if dbias_rows is not None:
         tl.store(stats_head(dbias_rows, b, h, at.start_q) + offs_m, sums, mask=offs_m < at.rows)
@@ -620,10 +628,8 @@ def attention_bwd_dbias_kernel(
 
     for i in range(loops_b * loops_h):
         b, h, at = place(rules, (first_b + i // loops_h) * rules.H + first_h + i % loops_h, BOTTOM_RIGHT)
-        lo, clean_lo, clean_hi, hi = span(
-            m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N
-        )
-        if (n0 >= lo) & (n0 < hi):
+        walk = span(m0, m0 + BLOCK_M, at.q_len, at.kv_len, at.shift, rules.left, rules.right, BLOCK_N)
+        if (n0 >= walk[0]) & (n0 < walk[3]):
             q_tile = tile(head(q, b, h, at.start_q), q.stride_m, m0, at.q_len, BLOCK_M, D, BLOCK_D, True)
             do_tile = tile(head(do, b, h, at.start_q), do.stride_m, m0, at.q_len, BLOCK_M, DV, BLOCK_DV, True)
             lse_m = load_lse(stats_head(lse, b, h, at.start_q), offs_m, at.q_len, rules)
@@ -685,7 +691,7 @@ def attention_fwd(
     else:  # rows past the last sequence are nobody's
         o = q.new_zeros(q.shape[0], H, DV)
         lse = q.new_full((H, q.shape[0]), -math.inf, dtype=torch.float32)
-    row = config or tile_row("fwd", q, v)
+    row = config or tile_row("fwd", q, v, rules)
     grid = B * rules.H * triton.cdiv(max_seqlen_q, row["BLOCK_M"])
     if grid:
         with on_device(q):
@@ -714,11 +720,10 @@ def attention_bwd(
         max_seqlen_q, max_seqlen_k = q.shape[2], k.shape[2]
     do = do if do.stride(-1) == 1 else do.contiguous()  # an expanded one, as of o.sum()
     dlse = dlse if dlse is None or dlse.stride(-1) == 1 else dlse.contiguous()
-    config = config or {name: tile_row(name, q, v) for name in ("dkdv", "dq")}
+    config = config or {name: tile_row(name, q, v, rules) for name in ("dkdv", "dq")}
     static = constants(q, v, causal, allow_tf32)
-    new = (
-        torch.empty_like if cu_seqlens_q is None else torch.zeros_like
-    )  # rows past the last sequence are nobody's
+    # rows past the last packed sequence are nobody's
+    new = torch.empty_like if cu_seqlens_q is None else torch.zeros_like
     dq, dk, dv, delta = new(q), new(k), new(v), torch.empty_like(lse)
     dbias, sums, pattern = q.new_empty(0), None, None
     if bias_grad:
@@ -731,11 +736,14 @@ def attention_bwd(
 
     with on_device(q):
         tiles = triton.cdiv(max_seqlen_q, DELTA_ROWS)
+        # what does not touch delta would only make it compile again
+        bare = rules._replace(scale=0.0, cap=None, bias=None, mask=None, slopes=None, left=None, right=None, seed=None,
+                              threshold=None, kv_lens=None, cu_k=None, S_k=0)  # fmt: skip
         dsinks = q.new_empty(B, H, tiles, dtype=torch.float32) if sinks_grad else None
         if B * H * tiles:
             attention_bwd_delta_kernel[(B * H * tiles,)](
                 rows(do), rows(o), stats(lse), stats(dlse), stats(delta), sinks if sinks_grad else None, dsinks,
-                rules, max_seqlen_q, static["DV"], static["BLOCK_DV"], DELTA_ROWS,
+                bare, max_seqlen_q, static["DV"], static["BLOCK_DV"], DELTA_ROWS,
             )  # fmt: skip
         saved = rows(do), rows(q), rows(k), rows(v), stats(lse), stats(delta)
         grid = B * (H // rules.group) * triton.cdiv(max_seqlen_k, config["dkdv"]["BLOCK_N"])
@@ -752,20 +760,16 @@ def attention_bwd(
             )  # fmt: skip
         if pattern == "loop":
             kept_b, kept_h = dbias.shape[:2]
-            grid = kept_b * kept_h
-            grid *= triton.cdiv(rules.S_q, config["dq"]["BLOCK_M"]) * triton.cdiv(
-                rules.S_k, config["dq"]["BLOCK_N"]
+            row = config["dq"]
+            grid = (
+                kept_b
+                * kept_h
+                * triton.cdiv(rules.S_q, row["BLOCK_M"])
+                * triton.cdiv(rules.S_k, row["BLOCK_N"])
             )
             if grid:
                 attention_bwd_dbias_kernel[(grid,)](
-                    *saved,
-                    output_plane(dbias),
-                    rules,
-                    kept_h,
-                    B // kept_b,
-                    H // kept_h,
-                    **static,
-                    **config["dq"],
+                    *saved, output_plane(dbias), rules, kept_h, B // kept_b, H // kept_h, **static, **row
                 )
 
     # The second stages: torch's sums have a fixed order, and what they read is small.
@@ -785,7 +789,7 @@ def attention_weights(
     rules = make_rules(q, k, bias, mask, alibi_slopes, q_lens, kv_lens, None, None, None,
                        causal, window_left, window_right, softcap, 0.0, scale)  # fmt: skip
     weights = q.new_empty(*q.shape[:3], k.shape[2])
-    row = config or tile_row("fwd", q, q)
+    row = config or tile_row("fwd", q, q, rules)
     grid = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], row["BLOCK_M"])
     static = constants(q, q, causal, allow_tf32)
     if grid and k.shape[2]:
@@ -859,21 +863,20 @@ def constants(q, v, causal, allow_tf32):
     return dict(D=D, DV=DV, **blocks, BOTTOM_RIGHT=causal == 2, PRECISION="tf32" if allow_tf32 else "ieee")
 
 
-def tile_row(direction, q, v):
-    """The first row that fits the wider head dim, of the table for this dtype and device."""
-    bits = 32 if q.dtype == torch.float32 else 16
+def tile_row(kernel, q, v, rules):
+    """The first row that fits the wider head dim."""
     width = max(q.shape[-1], v.shape[-1])
-    return next(row for limit, row in TILES[direction, bits, architecture(q.device)] if width <= limit)
+    return next(row for limit, row in TILES[kernel, tile_kind(q, rules)] if width <= limit)
 
 
-def architecture(device):
-    """90 and 100 are Hopper and data-centre Blackwell; other NVIDIA cards have little shared memory, as 80's rows assume."""
-    if device.type != "cuda":
-        return 90  # the interpreter
-    if torch.version.hip:
-        return "hip"
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: 90, 10: 100}.get(major, 80)
+def tile_kind(q, rules):
+    if q.dtype == torch.float32:
+        return "fp32"
+    # the interpreter takes Hopper's
+    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device)[0] not in (9, 10)):
+        return "small"
+    parts = (rules.bias, rules.mask, rules.seed, rules.cap, rules.slopes)
+    return "plain" if all(part is None for part in parts) else "rich"
 
 
 def batches(q, cu_seqlens_q):

@@ -171,7 +171,7 @@ def add_positional_encoding_bwd_kernel(
     scale = tl.cast(scale, tl.float32)
 
     acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for b in tl.range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B), num_stages=3):
+    for b in tl.range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B), num_stages=2):
         dy = tl.load(dy_ptr + b * stride_dy_b + offs_dy, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             dy = row_dropout(dy, seed_ptr, b * S + s, col0, threshold, rescale)

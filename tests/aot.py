@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -91,13 +92,12 @@ def pretended_gpu(target, processors):
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
     }
-    before = (
-        {name: getattr(torch.cuda, name) for name in replaced},
-        torch.version.hip,
-        torch.Tensor.__getitem__,
-    )
+    before = {name: getattr(torch.cuda, name) for name in replaced}, torch.version.hip
+    methods = torch.Tensor.__getitem__, torch.Tensor.contiguous
     try:
+        # torch's own enter a device guard, which a CPU build lacks
         torch.Tensor.__getitem__ = basic_index
+        torch.Tensor.contiguous = lambda t: t if t.is_contiguous() else t.new_empty(t.shape)
         for name, function in replaced.items():
             setattr(torch.cuda, name, function)
         torch.version.hip = "6.0" if hip else None
@@ -106,11 +106,12 @@ def pretended_gpu(target, processors):
     finally:
         for name, function in before[0].items():
             setattr(torch.cuda, name, function)
-        torch.version.hip, torch.Tensor.__getitem__ = before[1:]
+        torch.version.hip = before[1]
+        torch.Tensor.__getitem__, torch.Tensor.contiguous = methods
 
 
 def basic_index(t, key):
-    """t[key] for slices, numbers and None: torch's own enters a device guard, which a CPU build lacks."""
+    """t[key] for slices, numbers and None."""
     keys = key if isinstance(key, tuple) else (key,)
     dim = 0
     for k in keys:
@@ -229,12 +230,14 @@ def unique(specs):
 
 def plan(everything, target_names):
     """What the tests compile, how many specialisations there are in all, and listed calls whose launches changed."""
-    listed = launches.listed_calls()
-    chosen, total, stale = [], 0, []
+    entries = launches.listed_calls()
+    listed = [entry for entry in entries if still_fits(entry["call"])]
+    gone = [entry["call"][0] for entry in entries if entry not in listed]
+    chosen, total, stale = [], 0, gone
     for target in target_names:
         made = collect([entry["call"] for entry in listed], target, processors=8)
         if target == "sm_90":
-            stale = [
+            stale = gone + [
                 entry["call"][0]
                 for entry, (keys, _) in zip(listed, made, strict=True)
                 if entry["keys"] != keys
@@ -509,6 +512,15 @@ def update_budgets():
     CENSUS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
+def still_fits(call):
+    """Whether the launcher of a listed call is still there and takes as many arguments."""
+    module, _, name = call[0].partition(".")
+    launcher = getattr(importlib.import_module(f"fastattn.kernels.{module}"), name, None)
+    with contextlib.suppress(TypeError, ValueError):
+        return bool(inspect.signature(launcher).bind(*call[1:]))
+    return False
+
+
 def update_list(arguments, last_run):
     """The fewest calls (greedily) that make every launch of the tests; after a test run that just ended, those of before too."""
     if not last_run:
@@ -524,6 +536,7 @@ def update_list(arguments, last_run):
     if last_run:
         calls |= {json.dumps(entry["call"]) for entry in launches.listed_calls()}
     calls = [json.loads(call) for call in sorted(calls)]
+    calls = [call for call in calls if still_fits(call)]
     made = [set(keys) for keys, _ in collect(calls, "sm_90", processors=8)]
     if last_run:
         listed = {key for entry in launches.listed_calls() for key in entry["keys"]}

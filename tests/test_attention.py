@@ -16,6 +16,7 @@ from fastattn.check import compare
 attention = pytest.importorskip("fastattn.kernels.attention")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TWO = [torch.float32, torch.bfloat16]  # where a third would say nothing new
 CAUSAL = (False, "top_left", "bottom_right")
 TILE = dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
 CONFIG = {"fwd": TILE, "dkdv": TILE, "dq": TILE}
@@ -151,10 +152,10 @@ def test_one_dominant_key(device, dtype):
     check(q, k, v)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 @pytest.mark.parametrize("causal", [0, 1, 2])
 def test_lengths_keep_poison_out(device, dtype, causal):
-    q, k, v = tensors(device, dtype, B=3)
+    q, k, v = tensors(device, dtype, B=3, H=1)
     q_lens, kv_lens = (torch.tensor(n, dtype=torch.int32, device=device) for n in ([75, 20, 0], [50, 75, 7]))
     poisoned = [t.clone() for t in (q, k, v)]
     for t, lens in zip(poisoned, (q_lens, kv_lens, kv_lens), strict=True):
@@ -164,7 +165,7 @@ def test_lengths_keep_poison_out(device, dtype, causal):
     assert (ours["o"][1, :, 20:] == 0).all() and (ours["lse"][1, :, 20:] == -math.inf).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 @pytest.mark.parametrize("kept", [(1, 1, 0, 1), (0, 0, 1, 1), (1, 0, 1, 0)])
 def test_bool_mask(device, dtype, kept):
     q, k, v = tensors(device, dtype, B=2)
@@ -178,17 +179,17 @@ def test_bool_mask(device, dtype, kept):
 
 @pytest.mark.parametrize("kept", [*itertools.product((0, 1), repeat=4)], ids=str)
 def test_bias_gradient_of_every_pattern(device, kept):
-    q, k, v = tensors(device, torch.float32, B=2, S_q=37, S_k=50, D=16)
-    shape = [n if keep else 1 for n, keep in zip((2, 2, 37, 50), kept, strict=True)]
+    q, k, v = tensors(device, torch.float32, B=2, S_q=37, S_k=45, D=16)
+    shape = [n if keep else 1 for n, keep in zip((2, 2, 37, 45), kept, strict=True)]
     check(q, k, v, bias=torch.randn(shape, device=device), causal=2, lse_steps=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("kept", [(1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 0, 1), (0, 0, 1, 0)])
 def test_bias(device, dtype, kept):
-    q, k, v = tensors(device, dtype, B=2, H=4, H_kv=2)
-    shape = [n if keep else 1 for n, keep in zip((2, 4, 75, 75), kept, strict=True)]
-    lens = torch.tensor([75, 40], dtype=torch.int32, device=device)
+    q, k, v = tensors(device, dtype, B=2, H=2, H_kv=1, S_q=50, S_k=70)
+    shape = [n if keep else 1 for n, keep in zip((2, 2, 50, 70), kept, strict=True)]
+    lens = torch.tensor([70, 40], dtype=torch.int32, device=device)
     check(q, k, v, bias=torch.randn(shape, device=device, dtype=dtype), kv_lens=lens)
 
 
@@ -211,12 +212,20 @@ def test_only_a_true_infinity_excludes(device, dtype):
     bias[..., 5, :] = torch.finfo(dtype).min  # attends to everything alike
     o = launch(q, k, v, bias=bias)["o"]
     torch.testing.assert_close(o[:, :, 5].float(), v.float().mean(2), atol=1e-2, rtol=1e-2)
+    # its lse cannot hold the number of keys beside finfo.min, but a padding row, whose gradient is 0, must add nothing
+    do = torch.randn_like(q)
+    do[:, :, 5] = 0
+    ours = launch(q, k, v, bias=bias, do=do)
+    assert (
+        all(t.isfinite().all() for name, t in ours.items() if name != "lse")
+        and (ours["dq"][:, :, 5] == 0).all()
+    )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 @pytest.mark.parametrize("H_kv", [1, 2])
 def test_grouped_heads(device, dtype, H_kv):
-    check(*tensors(device, dtype, B=2, H=4, H_kv=H_kv, S_q=40, S_k=60), causal=2)
+    check(*tensors(device, dtype, H=4, H_kv=H_kv, S_q=40, S_k=60), causal=2)
 
 
 @pytest.mark.parametrize("D, DV", [(8, 8), (5, 20), (40, 40), (80, 96), (160, 64), (64, 160), (256, 256)])
@@ -236,7 +245,7 @@ def packed(q, k, v, q_lens, kv_lens, tail=0):
     return (pack(q, q_lens), pack(k, kv_lens), pack(v, kv_lens)), cu
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 @pytest.mark.parametrize(
     "options", [{}, dict(causal=1), dict(causal=2, window=(20, None)), dict(p=0.3)], ids=str
 )
@@ -275,7 +284,7 @@ def test_cu_seqlens_that_point_outside_read_nothing_there(device):
 @pytest.mark.parametrize("causal", [0, 1])
 def test_dropout(device, dtype, causal):
     seed = torch.tensor([0x1234567890ABCDEF, 77], device=device)
-    check(*tensors(device, dtype, B=2), causal=causal, seed=seed, p=0.3)
+    check(*tensors(device, dtype), causal=causal, seed=seed, p=0.3)
 
 
 @pytest.mark.parametrize("config", [CONFIG, SHIPPED], ids=["small", "shipped"])
@@ -295,20 +304,20 @@ def test_dropout_of_everything_and_of_nothing(device, p):
     check(*tensors(device, torch.float32), seed=torch.tensor([1, 2], device=device), p=p)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [(20, 10), (2, 0), (None, 5), (33, None), (200, 200)])
+@pytest.mark.parametrize("window", [(20, 10), (2, 0), (None, 5), (33, None), (200, 200)], ids=str)
 @pytest.mark.parametrize("causal", [0, 2])
-def test_window(device, dtype, window, causal):
-    check(*tensors(device, dtype, S_q=70, S_k=97, D=16), causal=causal, window=window)
+def test_window(device, window, causal):
+    dtype = torch.float32 if causal else torch.float16
+    check(*tensors(device, dtype, H=1, S_q=70, S_k=97, D=16), causal=causal, window=window, lse_steps=8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 @pytest.mark.parametrize("softcap", [0.5, 20.0])
 def test_softcap(device, dtype, softcap):
     check(*tensors(device, dtype, std=4.0), causal=1, softcap=softcap)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 @pytest.mark.parametrize("shape", [(2,), (3, 2)])
 def test_alibi(device, dtype, shape):
     slopes = torch.rand(shape, device=device)
@@ -316,21 +325,21 @@ def test_alibi(device, dtype, shape):
     check(*tensors(device, dtype, B=3), causal=2, slopes=slopes, kv_lens=lens)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 def test_sinks(device, dtype):
     sinks = torch.tensor([3.0, -math.inf], dtype=dtype, device=device)
     lens = torch.tensor([75, 0], dtype=torch.int32, device=device)
     check(*tensors(device, dtype, B=2), causal=1, sinks=sinks, q_lens=lens.flip(0), kv_lens=lens)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TWO, ids=str)
 def test_everything_together(device, dtype):
-    q, k, v = tensors(device, dtype, B=2, H=4, H_kv=2, S_k=97, std=3.0)
+    q, k, v = tensors(device, dtype, B=2, H=2, H_kv=1, S_k=97, std=3.0)
     options = dict(
-        bias=torch.randn(1, 4, 75, 97, device=device, dtype=dtype),
+        bias=torch.randn(1, 2, 75, 97, device=device, dtype=dtype),
         mask=torch.rand(2, 1, 1, 97, device=device) < 0.9,
-        slopes=torch.rand(4, device=device) / 10,
-        sinks=torch.randn(4, device=device, dtype=dtype),
+        slopes=torch.rand(2, device=device) / 10,
+        sinks=torch.randn(2, device=device, dtype=dtype),
         q_lens=torch.tensor([75, 50], dtype=torch.int32, device=device),
         kv_lens=torch.tensor([60, 97], dtype=torch.int32, device=device),
         seed=torch.tensor([11, 13], device=device),
@@ -371,9 +380,7 @@ def test_unaligned_and_expanded(device):
     check(q, k, v, do=torch.ones((), device=device).expand(1, 2, 40, 16))
 
 
-@pytest.mark.parametrize(
-    "B, H, S_q, S_k", [(0, 2, 5, 5), (1, 0, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0), (1, 2, 0, 0)]
-)
+@pytest.mark.parametrize("B, H, S_q, S_k", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0), (1, 2, 0, 0)])
 def test_empty(device, B, H, S_q, S_k):
     bias = torch.randn(1, 1, S_q, S_k, device=device)
     check(*tensors(device, torch.float32, B=B, H=H, S_q=S_q, S_k=S_k), bias=bias)
@@ -383,20 +390,20 @@ def test_empty(device, B, H, S_q, S_k):
 
 
 def test_two_runs_agree_to_the_bit(device):
-    q, k, v = tensors(device, torch.bfloat16, B=2, H=4, H_kv=2)
-    bias, sinks = torch.randn(1, 4, 1, 75, device=device), torch.randn(4, device=device)
-    given = dict(bias=bias, sinks=sinks, do=torch.randn_like(q), dlse=torch.randn(2, 4, 75, device=device))
+    q, k, v = tensors(device, torch.bfloat16, H=2, H_kv=1)
+    bias, sinks = torch.randn(1, 2, 1, 75, device=device), torch.randn(2, device=device)
+    given = dict(bias=bias, sinks=sinks, do=torch.randn_like(q), dlse=torch.randn(1, 2, 75, device=device))
     once, again = (launch(q, k, v, causal=1, **given) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_tile_rows_are_legal():
-    for (direction, bits, arch), table in attention.TILES.items():
+    for key, table in attention.TILES.items():
         limits = [limit for limit, _ in table]
-        assert limits == sorted(set(limits)) and limits[-1] == 256, (direction, bits, arch)
+        assert limits == sorted(set(limits)) and limits[-1] == 256, key
         for _, row in table:
-            assert {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"} <= set(row)
-            assert all(row[n] >= 16 and row[n] & (row[n] - 1) == 0 for n in ("BLOCK_M", "BLOCK_N"))
+            assert set(row) == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}, key
+            assert all(row[n] >= 16 and row[n] & (row[n] - 1) == 0 for n in ("BLOCK_M", "BLOCK_N")), key
 
 
 @pytest.mark.gpu
