@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import warnings
@@ -162,13 +161,16 @@ class Result:
     called: tuple = ()  # the ops, as fastattn.backend counts them, that `backend` computed
 
 
-def op_modules():
-    """{op: (its module in fastattn/ops, [its public functions])}, from the files that are there."""
+def explained(device):
+    """{public function: (the op as backend.py counts it, {backend: "serves" or "refused, why"})}, by its first case."""
     found = {}
-    for path in sorted((pathlib.Path(__file__).parent / "ops").glob("[a-z]*.py")):
-        module = importlib.import_module(f"fastattn.ops.{path.stem}")
-        names = [n for n in functional.__all__ if getattr(functional, n).__module__ == module.__name__]
-        found[path.stem] = module, names
+    for name in functional.__all__:
+        case = next(case for case in CASES if case.function == name)
+        inputs = [t.to(device) for t in case.make()]
+        said = backend.explain(lambda *inputs, call=case.call: call(functional, *inputs), *inputs)
+        lines = [line.partition(": ") for line in said.splitlines()[1:]]
+        op = lines[0][0].partition(", ")[0]
+        found[name] = op, {of.partition(", ")[2]: sentence for of, _, sentence in lines}
     return found
 
 
@@ -253,7 +255,7 @@ def check_all(device, functions, shown):
 
 
 def record(device, results):
-    """Write this card's verdict, ops by backend: those right in every case that called them, and earlier ones not run now."""
+    """Write this card's verdict: for each backend, the ops that were right in every case of a whole run that called them."""
     path, key = backend.verdict_path(), backend.verdict_key(device)
     try:
         known = json.loads(path.read_text())
@@ -262,9 +264,8 @@ def record(device, results):
     ops = {}
     for name in ("cuda", "triton"):
         mine = [r for r in results if r.backend == name]
-        seen = {op for r in mine for op in r.called}
         wrong = {op for r in mine if r.state == "wrong" for op in r.called}
-        ops[name] = sorted(set(known.get(key, {}).get(name, ())) - seen | (seen - wrong))
+        ops[name] = sorted({op for r in mine for op in r.called} - wrong)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known | {key: ops}, indent=1))
     backend.verdict.cache_clear()
