@@ -51,19 +51,19 @@ TILES = {
         (256, dict(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1)),
     ],
     ("fwd", "fp32"): [
-        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)),
-        (128, dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2)),
+        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=2)),
         (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)),
     ],
     ("dkdv", "plain"): [
-        (64, dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)),
+        (64, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
         (128, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
-        (256, dict(BLOCK_M=16, BLOCK_N=64, num_warps=16, num_stages=2)),
+        (256, dict(BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2)),
     ],
     ("dkdv", "rich"): [
         (64, dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=2)),
         (128, dict(BLOCK_M=16, BLOCK_N=128, num_warps=8, num_stages=2)),
-        (256, dict(BLOCK_M=16, BLOCK_N=64, num_warps=16, num_stages=2)),
+        (256, dict(BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=2)),
     ],
     ("dkdv", "small"): [
         (64, dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2)),
@@ -83,7 +83,7 @@ TILES = {
     ("dq", "rich"): [
         (64, dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)),
         (128, dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2)),
-        (256, dict(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2)),
+        (256, dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2)),
     ],
     ("dq", "small"): [
         (64, dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2)),
@@ -91,9 +91,9 @@ TILES = {
         (256, dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)),
     ],
     ("dq", "fp32"): [
-        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)),
-        (128, dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2)),
-        (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)),
+        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2)),
+        (128, dict(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=2)),
+        (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)),
     ],
 }
 # fmt: on
