@@ -276,7 +276,7 @@ def test_wrong_arguments():
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(
-    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    sizes=st.lists(st.integers(3, 9), min_size=2, max_size=4),
     order=st.randoms(use_true_random=False),
     steps=st.lists(st.integers(1, 3), min_size=4, max_size=4),
     dtype=st.sampled_from(DTYPES),
@@ -292,6 +292,4 @@ def test_any_shape_and_strides(sizes, order, steps, dtype, log):
     ]
     ours, wanted = (log_softmax, reference.log_softmax) if log else (softmax, reference.softmax)
     x = x.detach().requires_grad_()
-    assert not check(
-        forced(ours), wanted, (x,), options={"dim": dims[0]}, factor=3
-    )  # a handful of values: luck counts
+    assert not check(forced(ours), wanted, (x,), options={"dim": dims[0]})
