@@ -80,7 +80,7 @@ def number(arch):
 
 def cuda_archs(nvcc):
     """The architectures to compile for, lowest first. A GPU 9.0 gets `90a`, which sm_90 alone understands."""
-    asked = re.findall(r"\d+[a-z]?", os.environ.get("FASTATTN_CUDA_ARCHS", ""))
+    asked = re.findall(r"\d+[a-z]?", os.environ.get("FASTATTN_CUDA_ARCHS", "").replace(".", ""))
     if not asked:
         gpus = re.findall(
             r"^(\d+)\.(\d)$", output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"), re.M

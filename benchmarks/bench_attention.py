@@ -60,6 +60,11 @@ def attention(B, H, S, D, dtype, causal=False, extra=None):
     one = B * H * S * D * item
     side = H * scores * item if extra == "bias" else 0
     flops = 4 * B * H * scores * D // (2 if causal else 1)
+    stock_by_name = sdpa_backends(stock)
+    if B * H * scores * 4 >= 2**33:
+        del stock_by_name[
+            "sdpa math"
+        ]  # keeps several matrices of this size, and all providers stay in memory together
     whole = B * H * scores * 8 < 2**31  # the reference holds several float64 tensors of this size
     return Case(
         op="attention",
@@ -68,7 +73,7 @@ def attention(B, H, S, D, dtype, causal=False, extra=None):
         + (f", {extra}" if extra else ""),
         dtype=dtype,
         make=make,
-        providers={"eager": stock, "fastattn": ours, **sdpa_backends(stock), **_peers(S, causal, extra)},
+        providers={"eager": stock, "fastattn": ours, **stock_by_name, **_peers(S, causal, extra)},
         reference=specification,
         forward=Work(read=3 * one + side, write=one, flops=flops),
         backward=Work(read=5 * one + side, write=3 * one + side, flops=flops * 5 // 2),

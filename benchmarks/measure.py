@@ -23,6 +23,8 @@ def measure(case, device, ceilings, seconds=1.0):
     """
     torch.manual_seed(0)
     inputs = case.make(device)
+    if case.backward is None:
+        inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
     calls, rows = {}, {}
     for name, (function, forced) in _providers(case, device).items():
         for direction in _passes(case, inputs):
@@ -83,7 +85,8 @@ def _check(case, inputs, calls, rows):
 
     def seeded(function, tensors, grads):
         torch.manual_seed(1)
-        return check.run(function, tuple(tensors), grads, {})
+        # copies, since some peers write their gradient over the incoming one
+        return check.run(function, tuple(tensors), [g if g is None else g.clone() for g in grads], {})
 
     eager = case.providers["eager"]
     try:
@@ -112,7 +115,7 @@ def _check(case, inputs, calls, rows):
         except torch.cuda.OutOfMemoryError:
             _refuse(mine, "out of memory", False)
         except Exception as e:  # a peer may raise anything; the row says what
-            _refuse(mine, f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}", ours)
+            _refuse(mine, _first_line(e), ours)
         else:
             if not case.random or forced:
                 _compare(mine, name, ours, got, base, exact)
@@ -138,6 +141,10 @@ def _tuple(outputs):
 def _refuse(rows, sentence, failed):
     for row in rows:
         row["note"], row["failed"] = sentence, failed
+
+
+def _first_line(e):
+    return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
 
 
 def _error(t, exact):
@@ -179,15 +186,24 @@ def _time_on_cpu(case, inputs, calls, rows, direction, seconds, device):
 
 
 def _time_on_gpu(case, inputs, calls, rows, direction, seconds, device):
-    ready = {name: _call(*call, inputs, direction, True) for name, call in calls.items()}
+    ready = {}
+    for name, call in calls.items():
+        try:
+            ready[name] = _call(*call, inputs, direction, True)
+            ready[name](), ready[name]()  # some peers cannot go back twice
+        except Exception as e:
+            rows[name]["note"], rows[name]["failed"] = _first_line(e), name.startswith("fastattn")
+            ready.pop(name, None)
+    if not ready:
+        return
     for name, samples in timing.gpu_times(ready, seconds, device).items():
         rows[name]["p20_us"], rows[name]["median_us"], rows[name]["p80_us"] = timing.quantiles(samples)
     nbytes = sum(t.numel() * t.element_size() for t in inputs if isinstance(t, torch.Tensor))
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     copies = max(1, min(timing.GRAPH_CALLS, math.ceil(4 * l2 / max(nbytes, 1))))
     rotated = [case.make(device) for _ in range(copies)]
-    for name, (function, forced) in calls.items():
-        row = rows[name]
+    for name in ready:
+        row, (function, forced) = rows[name], calls[name]
         once = _call(function, forced, inputs, direction, False)
         with _under(forced):
             row["host_us"] = timing.host_time(once)
@@ -197,7 +213,7 @@ def _time_on_gpu(case, inputs, calls, rows, direction, seconds, device):
                 row["graph_us"] = _graph(function, forced, rotated, direction)
             except Exception as e:  # what cannot be captured is told, not hidden
                 torch.cuda.synchronize()
-                row["note"] = f"no CUDA graph: {type(e).__name__}"
+                row["note"] = f"no CUDA graph: {_first_line(e)}"
 
 
 def _graph(function, forced, rotated, direction):

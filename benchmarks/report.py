@@ -185,6 +185,7 @@ def plots(results, folder):
         axes.set_yticks(
             [j + 0.4 - height / 2 for j in range(len(groups))], [", ".join(group) for group in groups]
         )
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_xlabel("µs, median (less is better)")

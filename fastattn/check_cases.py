@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import warnings
@@ -141,7 +140,7 @@ CASES = (
     Case("attention", "ALiBi, sinks", lambda: (*_qkv(), torch.rand(2)), lambda f, q, k, v, s: f.attention(q, k, v, causal=True, alibi_slopes=torch.tensor([0.5, 0.1], device=q.device), sinks=s)),
     Case("attention", "dropout", _qkv, lambda f, q, k, v: f.attention(q, k, v, dropout_p=0.25, return_lse=True), dropout=True),
     Case("attention", "weights", _qkv, lambda f, q, k, v: f.attention(q, k, v, causal=True, return_weights=True), backward=False),
-    Case("attention_varlen", "causal", lambda: (torch.randn(60, 2, 32), torch.randn(70, 2, 32), torch.randn(70, 2, 32), _offsets(20, 1, 39), _offsets(5, 26, 39)),
+    Case("attention_varlen", "causal", lambda: (torch.randn(60, 4, 32), torch.randn(70, 4, 32), torch.randn(70, 4, 32), _offsets(20, 1, 39), _offsets(5, 26, 39)),
          lambda f, q, k, v, a, b: f.attention_varlen(q, k, v, a, b, 39, 39, causal="bottom_right")),
     Case("attention_decode", "cache", _cache, lambda f, *inputs: f.attention_decode(*inputs), backward=False),
     Case("attention_decode", "pages", _pages, lambda f, *inputs: f.attention_decode(*inputs[:4], block_table=inputs[4]), backward=False),
@@ -157,18 +156,21 @@ class Result:
     label: str
     dtype: str
     backend: str
-    state: str  # "right", "refused" or "wrong"
+    state: str  # "right", "refused", "wrong" or "uncompared"
     sentence: str = ""
     called: tuple = ()  # the ops, as fastattn.backend counts them, that `backend` computed
 
 
-def op_modules():
-    """{op: (its module in fastattn/ops, [its public functions])}, from the files that are there."""
+def explained(device):
+    """{public function: (the op as backend.py counts it, {backend: "serves" or "refused, why"})}, by its first case."""
     found = {}
-    for path in sorted((pathlib.Path(__file__).parent / "ops").glob("[a-z]*.py")):
-        module = importlib.import_module(f"fastattn.ops.{path.stem}")
-        names = [n for n in functional.__all__ if getattr(functional, n).__module__ == module.__name__]
-        found[path.stem] = module, names
+    for name in functional.__all__:
+        case = next(case for case in CASES if case.function == name)
+        inputs = [t.to(device) for t in case.make()]
+        said = backend.explain(lambda *inputs, call=case.call: call(functional, *inputs), *inputs)
+        lines = [line.partition(": ") for line in said.splitlines()[1:]]
+        op = lines[0][0].partition(", ")[0]
+        found[name] = op, {of.partition(", ")[2]: sentence for of, _, sentence in lines}
     return found
 
 
@@ -198,16 +200,15 @@ def _one(case, dtype, device, name):
     inputs = [placed(t) for t in case.make()]
     stock = seeded(functional, "torch") if name != "torch" and not case.dropout else None
     specification = seeded(Specification, None)
-    factor = 4 if name == "torch" else 2
     if name == "torch" and case.dropout:
         result.state, result.sentence = (
-            "refused",
+            "uncompared",
             "stock torch draws its own dropout mask, which has no reference",
         )
         return result
     before = backend.calls.copy()
     try:
-        wrong = check.check(seeded(functional, name), specification, inputs, baseline=stock, factor=factor)
+        wrong = check.check(seeded(functional, name), specification, inputs, baseline=stock)
     except NotImplementedError as e:
         result.state, result.sentence = "refused", str(e)
     except Exception as e:  # the table says what broke, for every case
@@ -253,7 +254,7 @@ def check_all(device, functions, shown):
 
 
 def record(device, results):
-    """Write this card's verdict, ops by backend: those right in every case that called them, and earlier ones not run now."""
+    """Write this card's verdict: for each backend, the ops that were right in every case of a whole run that called them."""
     path, key = backend.verdict_path(), backend.verdict_key(device)
     try:
         known = json.loads(path.read_text())
@@ -262,9 +263,8 @@ def record(device, results):
     ops = {}
     for name in ("cuda", "triton"):
         mine = [r for r in results if r.backend == name]
-        seen = {op for r in mine for op in r.called}
         wrong = {op for r in mine if r.state == "wrong" for op in r.called}
-        ops[name] = sorted(set(known.get(key, {}).get(name, ())) - seen | (seen - wrong))
+        ops[name] = sorted({op for r in mine for op in r.called} - wrong)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known | {key: ops}, indent=1))
     backend.verdict.cache_clear()

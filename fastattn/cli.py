@@ -61,7 +61,18 @@ def info():
         console.print(
             "GPU: none that torch sees. CPU tensors take stock torch; Triton serves them through its interpreter on request."
         )
-    console.print(_support(gpus))
+    device = _device("")
+    explained = check_cases.explained(device)
+    console.print(_support(explained))
+    refusals = {}
+    for function, (_, sentences) in explained.items():
+        for name, sentence in sentences.items():
+            if sentence.startswith("refused, ") and not _unwritten(sentence):
+                refusals.setdefault((name, sentence.removeprefix("refused, ")), []).append(function)
+    for (name, sentence), functions in refusals.items():
+        console.print(
+            f"On {device}, {name} refuses {', '.join(functions)}: {sentence}", markup=False, highlight=False
+        )
     for index in gpus:
         device = torch.device("cuda", index)
         seen = backend.verdict(device)
@@ -92,23 +103,24 @@ def _extension():
     return f"{found.origin}, built for {getattr(_C, 'archs', 'unknown architectures')}"
 
 
-def _support(gpus):
-    """Which op each backend has, and on which GPUs it has been seen right."""
-    table = Table(title="Ops and backends", title_justify="left")
-    for heading in ("op", "functions", "cuda", "triton", "torch"):
+def _unwritten(sentence):
+    return sentence.endswith("implementation yet")
+
+
+def _support(explained):
+    """Which function each backend has, and on which GPUs it has been seen right."""
+    table = Table(title="Functions and backends", title_justify="left")
+    for heading in ("function", "cuda", "triton", "torch"):
         table.add_column(heading)
-    for op, (module, functions) in check_cases.op_modules().items():
+    for function, (op, sentences) in explained.items():
         cells = []
         for name in ("cuda", "triton"):
-            if name not in module.WHY_NOT:
-                cells.append("not written")
-                continue
-            seen = {
-                card for function in (op, *functions) for card in backend.PROVEN.get((name, function), ())
-            }
-            cards = ", ".join(f"{major}.{minor}" for major, minor in sorted(seen))
-            cells.append(f"seen right on compute capability {cards}" if cards else "never run on a GPU")
-        table.add_row(op, ", ".join(functions), *cells, "stock torch")
+            cards = ", ".join(
+                f"{major}.{minor}" for major, minor in sorted(backend.PROVEN.get((name, op), ()))
+            )
+            seen = f"seen right on compute capability {cards}" if cards else "never run on a GPU"
+            cells.append("–" if _unwritten(sentences[name]) else seen)
+        table.add_row(function, *cells, "stock torch")
     return table
 
 
@@ -135,7 +147,7 @@ def check(device: Device = "", op: Op = None):
         states = {
             (r.backend, r.dtype): r.state for r in results if (r.function, r.label) == (function, label)
         }
-        table.add_row(function, label, *(_paint(states.get(column, "")) for column in columns))
+        table.add_row(function, label, *(PAINTED[states[column]] for column in columns))
     console.print(table)
     wrong = [r for r in results if r.state == "wrong"]
     for sentence in dict.fromkeys(
@@ -146,6 +158,8 @@ def check(device: Device = "", op: Op = None):
         console.print(sentence)
     if where.type == "cpu":
         console.print("Triton ran in its interpreter: numerics only, no GPU was involved.")
+    elif op:
+        console.print("No verdict is written: that takes a run of all functions.")
     else:
         path, ops = check_cases.record(where, results)
         console.print(f"Verdict written to {path}: {ops}. Ops listed there are now the default on this card.")
@@ -153,10 +167,12 @@ def check(device: Device = "", op: Op = None):
     raise typer.Exit(bool(wrong))
 
 
-def _paint(state):
-    return {"right": "[green]right[/]", "wrong": "[bold red]WRONG[/]", "refused": "[yellow]refused[/]"}.get(
-        state, state
-    )
+PAINTED = {
+    "right": "[green]right[/]",
+    "wrong": "[bold red]WRONG[/]",
+    "refused": "[yellow]refused[/]",
+    "uncompared": "[dim]–[/]",
+}
 
 
 @app.command()

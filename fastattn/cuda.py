@@ -112,7 +112,9 @@ def layer_norm_fwd(x, weight, bias, eps, rms=False, dtype=None):
     rms and dtype are the op's; layer_norm_why_not has refused all but False and x's dtype.
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # a copy where the leading dims do not merge
+    rows = (
+        x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    )  # a copy where the leading dims do not merge
     mean, rstd = x.new_empty((2, rows.shape[0]), dtype=torch.float32).unbind()
     extension().layer_norm_fwd(rows, weight, bias, y.view(rows.shape), mean, rstd, eps)
     return y, mean, rstd

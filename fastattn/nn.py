@@ -13,6 +13,9 @@ from torch import nn
 
 from fastattn import backend, functional
 
+# Where autocast makes torch's softmax, and with it the weights of its MultiheadAttention, fp32.
+SOFTMAX_WIDENED = backend.autocast_devices("softmax.int")
+
 
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm on functional.layer_norm. Left to torch: nested tensors."""
@@ -106,6 +109,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         options = dict(bias=bias, mask=mask, causal=causal, dropout_p=dropout_p)
         if need_weights:
             o, weights = functional.attention(q, k, v, **options, return_weights=True)
+            weights = weights.to(backend.autocast_dtype(SOFTMAX_WIDENED, weights))
             weights = weights.mean(dim=1) if average_attn_weights else weights
         else:
             o, weights = functional.attention(q, k, v, **options), None

@@ -15,7 +15,8 @@ kernel. New keys and values are written first, by a kernel of their own.
 
 Any index read from memory is clamped: a wrong length or page gives wrong numbers, never a fault; what lies past a
 length is never loaded. Scores, softmax and sums are fp32, in units of log2 for 16-bit inputs and in natural ones for
-fp32, where a rounding more would show; probabilities are rounded to the cache's dtype before they meet the values. The scheme is Flash-Decoding's: https://pytorch.org/blog/flash-decoding/
+fp32, where a rounding more would show; probabilities are rounded to the cache's dtype before they meet the values.
+The scheme is Flash-Decoding's: https://pytorch.org/blog/flash-decoding/
 """
 
 import functools
@@ -30,8 +31,6 @@ from .attention import tanh
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-MAX_HEAD_DIM = 256
-MAX_SPLITS = 256
 BLOCK_T = 8  # new rows an append program copies
 
 # Rows by architecture and element width: (padded head width, tile), ascending, the first that fits. MAX_M bounds the tile of
@@ -279,10 +278,10 @@ def attention_decode_combine_kernel(
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for first in range(0, num_splits, CHUNK):
         offs = first + tl.arange(0, CHUNK)
-        m = tl.load(m_ptr + row * num_splits + offs, mask=offs < num_splits, other=float("-inf"))
+        m_chunk = tl.load(m_ptr + row * num_splits + offs, mask=offs < num_splits, other=float("-inf"))
         part_ptrs = part_ptr + (row * num_splits + offs)[:, None] * D_V + offs_dv[None, :]
-        part = tl.load(part_ptrs, mask=(m > float("-inf"))[:, None] & mask_dv[None, :], other=0.0)
-        acc += tl.sum(part * tl.exp2((m - m_safe) * REST)[:, None], 0)
+        part = tl.load(part_ptrs, mask=(m_chunk > float("-inf"))[:, None] & mask_dv[None, :], other=0.0)
+        acc += tl.sum(part * tl.exp2((m_chunk - m_safe) * REST)[:, None], 0)
 
     total = tl.where(total == 0.0, 1.0, total)
     tl.store(lse_ptr + row, m_all * (1.0 / UNIT) + tl.log2(total) * LN2)
@@ -297,8 +296,8 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
     k_cache, v_cache: (B, H_kv, S, D | D_v), or (pages, page_size, H_kv, D | D_v) with block_table (B, n), int32 or int64;
     cache_lens (B,), int32 or int64, counts the positions filled before k_new, v_new (B, H_kv, S_new, D | D_v) or None.
     alibi_slopes (H,) or (B, H), sinks (H,), or None. window_left -1 is open; window_right never binds, as no query sees a
-    later key, and is here for the order of arguments that attention_fwd has. num_splits 0 chooses. The last dim of every
-    tensor has stride 1, but for cache_lens, block_table, alibi_slopes and sinks, where cache_lens and block_table do.
+    later key, and is here for the order of arguments that attention_fwd has. num_splits 0 chooses. The last dim has stride 1,
+    except in alibi_slopes and sinks.
     """
     B, H, S_q, D = q.shape
     paged = block_table is not None
@@ -335,18 +334,15 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
         rows = H // H_kv * S_q
         BLOCK_M = max(16, min(tile.pop("MAX_M"), triton.next_power_of_2(rows)))
         programs = B * H_kv * triton.cdiv(rows, BLOCK_M)
-        num_splits = num_splits or choose_splits(
-            programs, triton.cdiv(capacity, tile["BLOCK_N"]), processors(q.device)
-        )
+        if num_splits == 0:
+            keys = capacity if window_left < 0 else min(capacity, window_left + S_q)
+            num_splits = choose_splits(programs, triton.cdiv(keys, tile["BLOCK_N"]), processors(q.device))
         split = num_splits > 1
         unit = 1.0 if q.dtype == torch.float32 else LOG2E.value  # of the logits, see the top of the file
         # A share's O goes beside the other shares of its row, which is how the combine kernel reads them.
         part = torch.empty(B, H, S_q, num_splits, D_v, dtype=torch.float32, device=q.device) if split else o
-        m, z = (
-            torch.empty(2, B, H, S_q, num_splits, dtype=torch.float32, device=q.device)
-            if split
-            else (lse, lse)
-        )
+        statistics = (2, B, H, S_q, num_splits)
+        m, z = torch.empty(statistics, dtype=torch.float32, device=q.device) if split else (None, None)
         slopes_strides = (0, 0) if alibi_slopes is None else (0, *alibi_slopes.stride())[-2:]
         stride_sinks_h = 0 if sinks is None else sinks.stride(0)
         attention_decode_fwd_kernel[(programs * num_splits,)](
@@ -359,10 +355,10 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
             "tf32" if allow_tf32 else "ieee", unit, LOG2E.value / unit, BLOCK_M, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, **tile,
         )  # fmt: skip
         if split:
+            BLOCK_SPLITS = triton.next_power_of_2(num_splits)
             attention_decode_combine_kernel[(B * H * S_q,)](
                 part, m, z, sinks, o, lse, stride_sinks_h, *o.stride()[:3], H, S_q, num_splits,
-                D_v, sinks is not None, unit, LOG2E.value / unit, triton.next_power_of_2(num_splits), min(16, triton.next_power_of_2(num_splits)),
-                BLOCK_DV, num_warps=4,
+                D_v, sinks is not None, unit, LOG2E.value / unit, BLOCK_SPLITS, min(16, BLOCK_SPLITS), BLOCK_DV, num_warps=4,
             )  # fmt: skip
     return o, lse
 

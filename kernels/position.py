@@ -28,7 +28,7 @@ from .common import row_dropout, row_dropout_scalars
 
 # Rows (widest C, tile), first fit wins. Sized for 16-byte accesses and by AOT register counts (no spill on sm_90 under
 # triton 3.6 and 3.7); no GPU has timed them, and one table serves every architecture until one has. PROGRAMS is how many
-# a launch aims at where it may choose: eight blocks on each of 132 multiprocessors, or four of the norm's wider ones.
+# a launch aims at where it may choose: what 132 multiprocessors hold, by those counts.
 # fmt: off
 ADD = [
     (32, dict(BLOCK_S=64, BLOCK_C=32, num_warps=4, PROGRAMS=4096)),
@@ -52,13 +52,13 @@ NORM = [  # a row is one tile
     (4096, dict(BLOCK_S=1, BLOCK_C=4096, num_warps=8)),
 ]
 NORM_BACKWARD = [
-    (64, dict(BLOCK_B=16, BLOCK_C=64, num_warps=4, PROGRAMS=512)),
-    (128, dict(BLOCK_B=8, BLOCK_C=128, num_warps=4, PROGRAMS=512)),
-    (256, dict(BLOCK_B=4, BLOCK_C=256, num_warps=4, PROGRAMS=512)),
-    (512, dict(BLOCK_B=2, BLOCK_C=512, num_warps=4, PROGRAMS=512)),
-    (1024, dict(BLOCK_B=1, BLOCK_C=1024, num_warps=4, PROGRAMS=512)),
-    (2048, dict(BLOCK_B=1, BLOCK_C=2048, num_warps=8, PROGRAMS=512)),
-    (4096, dict(BLOCK_B=1, BLOCK_C=4096, num_warps=8, PROGRAMS=512)),
+    (64, dict(BLOCK_B=4, BLOCK_C=64, num_warps=4, PROGRAMS=640)),
+    (128, dict(BLOCK_B=4, BLOCK_C=128, num_warps=4, PROGRAMS=640)),
+    (256, dict(BLOCK_B=2, BLOCK_C=256, num_warps=4, PROGRAMS=640)),
+    (512, dict(BLOCK_B=1, BLOCK_C=512, num_warps=4, PROGRAMS=640)),
+    (1024, dict(BLOCK_B=1, BLOCK_C=1024, num_warps=4, PROGRAMS=640)),
+    (2048, dict(BLOCK_B=1, BLOCK_C=2048, num_warps=8, PROGRAMS=264)),
+    (4096, dict(BLOCK_B=1, BLOCK_C=4096, num_warps=8, PROGRAMS=264)),
 ]
 SEGMENTS = [
     (64, dict(BLOCK_C=64, num_warps=1)),
@@ -171,7 +171,7 @@ def add_positional_encoding_bwd_kernel(
     scale = tl.cast(scale, tl.float32)
 
     acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for b in tl.range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B), num_stages=3):
+    for b in tl.range(chunk * batch_step, tl.minimum((chunk + 1) * batch_step, B), num_stages=2):
         dy = tl.load(dy_ptr + b * stride_dy_b + offs_dy, mask=mask, other=0.0).to(tl.float32)
         if seed_ptr is not None:
             dy = row_dropout(dy, seed_ptr, b * S + s, col0, threshold, rescale)
@@ -273,19 +273,20 @@ def embeddings_bwd_kernel(
     db = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for s in range(s_first, tl.minimum(s_first + seq_step, S)):
         acc = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-        for b0 in tl.range(b_first, b_end, BLOCK_B, num_stages=3):
+        for b0 in range(b_first, b_end, BLOCK_B):
             b = b0 + tl.arange(0, BLOCK_B)
             rows = b * S + s
             mask = (b < b_end)[:, None] & mask_c[None, :]
+            # First what needs no id: it is on its way while the ids arrive.
+            offs_dy = b[:, None] * stride_dy_b + s * stride_dy_s + cols.to(tl.int64)[None, :] * stride_dy_c
+            dy = tl.load(dy_ptr + offs_dy, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + rows, mask=b < b_end, other=0.0)
+            rstd = tl.load(rstd_ptr + rows, mask=b < b_end, other=0.0)
             x = embedded(
                 token_ptr, type_ptr, position_ptr, ids_ptr, type_ids_ptr, position_ids_ptr, b, s, b < b_end, cols, mask_c,
                 S, V, T, P, stride_token_v, stride_type_t, stride_position_p,
                 stride_type_ids_b, stride_type_ids_s, stride_position_ids_b, stride_position_ids_s,
             )  # fmt: skip
-            offs_dy = b[:, None] * stride_dy_b + s * stride_dy_s + cols.to(tl.int64)[None, :] * stride_dy_c
-            dy = tl.load(dy_ptr + offs_dy, mask=mask, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + rows, mask=b < b_end, other=0.0)
-            rstd = tl.load(rstd_ptr + rows, mask=b < b_end, other=0.0)
 
             if seed_ptr is not None:
                 dy = row_dropout(dy, seed_ptr, rows, 0, threshold, rescale)
@@ -506,8 +507,12 @@ def embeddings_bwd(
                 *row_dropout_scalars(dropout_p), **tile,
             )  # fmt: skip
             if norm_grad:
-                dweight = _add_up(norm_sums[:, 0], torch.empty_like(norm_weight))
-                dbias = dbias if norm_bias is None else _add_up(norm_sums[:, 1], torch.empty_like(norm_bias))
+                dweight = _add_up(norm_sums.select(1, 0), torch.empty_like(norm_weight))
+                dbias = (
+                    dbias
+                    if norm_bias is None
+                    else _add_up(norm_sums.select(1, 1), torch.empty_like(norm_bias))
+                )
             if sums is not None:
                 _finish_positions(dposition, sums, row_positions, 0)
             elif position_grad:
@@ -554,7 +559,7 @@ def _position_sums(table, ids, offset, chunks, S):
     whole = ids is None and S == P
     dtable = torch.empty(P, C, dtype=table.dtype, device=table.device) if whole else _zeros(table)
     if ids is None and chunks == 1:
-        return dtable, dtable[offset : offset + S][None]
+        return dtable, dtable.narrow(0, offset, S).unsqueeze(0)
     return dtable, torch.empty(chunks, S, C, dtype=torch.float32, device=table.device)
 
 
@@ -562,10 +567,11 @@ def _finish_positions(dtable, sums, ids, offset):
     """Bring the sums of _position_sums into dtable where they are not there yet."""
     chunks, S = sums.shape[:2]
     if ids is not None:
-        rows = sums[0] if chunks == 1 else _add_up(sums.flatten(1), torch.empty_like(sums[0]))
-        _segment_sums(dtable, rows, ids[0])
+        first = sums.select(0, 0)
+        rows = first if chunks == 1 else _add_up(sums.flatten(1), torch.empty_like(first))
+        _segment_sums(dtable, rows, ids.select(0, 0))
     elif chunks > 1:
-        _add_up(sums.flatten(1), dtable[offset : offset + S])
+        _add_up(sums.flatten(1), dtable.narrow(0, offset, S))
 
 
 def _add_up(partials, out):
@@ -603,7 +609,7 @@ def _lookups(input_ids, type_ids, position_ids, token_table, type_table, positio
     types, positions = (_batched_ids(t, input_ids.shape) for t in (type_ids, position_ids))
     tables = tuple(_unit_stride(t) for t in (token_table, type_table, position_table))
     strides = (*map(_stride, tables), *(_stride(t, dim) for t in (types, positions) for dim in (0, 1)))
-    return (input_ids.contiguous(), types, positions), tables, strides, tuple(map(_rows, tables))
+    return (input_ids.reshape(-1), types, positions), tables, strides, tuple(map(_rows, tables))
 
 
 def _tile(rows, width, config=None, **sizes):
@@ -633,7 +639,8 @@ def _shared(ids):
 
 
 def _unit_stride(t):
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()  # a transposed table is rare: one copy
+    # A transposed table is rare: one copy.
+    return t if t is None or t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _zeros(t):

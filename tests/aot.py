@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of what the launchers ask for, for GPUs that are not there, and what the code then costs.
 
-    python tests/aot.py --update [-- pytest arguments]   run the tests, rewrite the list of specialisations
+    python tests/aot.py --update [pytest arguments]      run the tests, rewrite the list of specialisations
+    python tests/aot.py --add                            add what the last test run launched to the list, without a run
     python tests/aot.py --budgets                        compile, rewrite budgets and census: after a kernel changed on purpose
     python tests/aot.py --report FILE [--all]            compile, write what each kernel costs to FILE; --all: every listed
                                                          specialisation instead of a choice that covers
@@ -17,6 +18,7 @@ import fcntl
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -43,6 +45,7 @@ from fastattn.benchmarks import model  # noqa: E402
 
 BUDGETS = ROOT / "tests" / "data" / "resources.json"
 CENSUS = ROOT / "tests" / "data" / "census.json"
+PINNED = "3.7.1"  # the triton of constraints.txt, whose numbers the census has
 SECOND_TRITON = ROOT / ".triton-3.6"
 TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may have
@@ -89,13 +92,12 @@ def pretended_gpu(target, processors):
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
     }
-    before = (
-        {name: getattr(torch.cuda, name) for name in replaced},
-        torch.version.hip,
-        torch.Tensor.__getitem__,
-    )
+    before = {name: getattr(torch.cuda, name) for name in replaced}, torch.version.hip
+    methods = torch.Tensor.__getitem__, torch.Tensor.contiguous
     try:
+        # torch's own enter a device guard, which a CPU build lacks
         torch.Tensor.__getitem__ = basic_index
+        torch.Tensor.contiguous = lambda t: t if t.is_contiguous() else t.new_empty(t.shape)
         for name, function in replaced.items():
             setattr(torch.cuda, name, function)
         torch.version.hip = "6.0" if hip else None
@@ -104,11 +106,12 @@ def pretended_gpu(target, processors):
     finally:
         for name, function in before[0].items():
             setattr(torch.cuda, name, function)
-        torch.version.hip, torch.Tensor.__getitem__ = before[1:]
+        torch.version.hip = before[1]
+        torch.Tensor.__getitem__, torch.Tensor.contiguous = methods
 
 
 def basic_index(t, key):
-    """t[key] for slices, numbers and None: torch's own enters a device guard, which a CPU build lacks."""
+    """t[key] for slices, numbers and None."""
     keys = key if isinstance(key, tuple) else (key,)
     dim = 0
     for k in keys:
@@ -161,7 +164,7 @@ def collect(calls, target_name, processors, shipped=False):
                 first = len(found), len(keys)
                 launcher = getattr(importlib.import_module(f"fastattn.kernels.{module}"), function)
                 launcher(*(imagine(a, device) for a in args))
-                made.append((sorted({k for ks in keys[first[1] :] for k in ks}), found[first[0] :]))
+                made.append((sorted({k for _, ks in keys[first[1] :] for k in ks}), found[first[0] :]))
     finally:
         JITFunction.run, JITFunction._do_compile = run, compile_
     return made
@@ -227,12 +230,14 @@ def unique(specs):
 
 def plan(everything, target_names):
     """What the tests compile, how many specialisations there are in all, and listed calls whose launches changed."""
-    listed = launches.listed_calls()
-    chosen, total, stale = [], 0, []
+    entries = launches.listed_calls()
+    listed = [entry for entry in entries if still_fits(entry["call"])]
+    gone = [entry["call"][0] for entry in entries if entry not in listed]
+    chosen, total, stale = [], 0, gone
     for target in target_names:
         made = collect([entry["call"] for entry in listed], target, processors=8)
         if target == "sm_90":
-            stale = [
+            stale = gone + [
                 entry["call"][0]
                 for entry, (keys, _) in zip(listed, made, strict=True)
                 if entry["keys"] != keys
@@ -405,6 +410,7 @@ def report(everything=False, target_names=TARGETS, only_shipped=False):
     return {
         "triton": triton.__version__,
         "specialisations": total,
+        "shipped only": only_shipped,
         "stale": stale,
         "seconds": round(time.perf_counter() - started, 1),
         "costs": sorted(costs, key=lambda c: (c["target"], c["key"], c["alignment"])),
@@ -506,35 +512,43 @@ def update_budgets():
     CENSUS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
-def update_list(arguments):
-    """Runs the tests, keeps the fewest calls (greedily) that make every launch seen, and writes them down."""
-    with tempfile.TemporaryDirectory() as folder:
-        noted = pathlib.Path(folder) / "launches.json"
+def still_fits(call):
+    """Whether the launcher of a listed call is still there and takes as many arguments."""
+    module, _, name = call[0].partition(".")
+    launcher = getattr(importlib.import_module(f"fastattn.kernels.{module}"), name, None)
+    with contextlib.suppress(TypeError, ValueError):
+        return bool(inspect.signature(launcher).bind(*call[1:]))
+    return False
+
+
+def update_list(arguments, last_run):
+    """The fewest calls (greedily) that make every launch of the tests; after a test run that just ended, those of before too."""
+    if not last_run:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "pytest", "-q", f"--launches={noted}", *arguments]
-        subprocess.run(command, cwd=ROOT, env=environment)
-        if not noted.exists():
-            sys.exit("the tests did not run to their end, so the list stays as it is")
-        note = json.loads(noted.read_text())
-    made = {key for keys in note["launched"].values() for key in keys}
-    given = set(note["given_tile"])
-    calls = [json.loads(call) for call in sorted(note["launched"]) if call != "null"]
-    replayed = [set(keys) for keys, _ in collect(calls, "sm_90", processors=8)]
-    replayed = [keys | {launches.base(k) for k in keys} for keys in replayed]
-    wanted = (made - given) | {launches.base(k) for k in given}
-    unreached = wanted - set().union(*replayed)
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], cwd=ROOT, env=environment)
+    note = json.loads(launches.NOTE.read_text())
+    wanted = {key for keys in note.values() for key in keys}
+    if not wanted:
+        sys.exit("the tests launched nothing, so the list stays as it is")
+    calls = set(note)
+    if last_run:
+        calls |= {json.dumps(entry["call"]) for entry in launches.listed_calls()}
+    calls = [json.loads(call) for call in sorted(calls)]
+    calls = [call for call in calls if still_fits(call)]
+    made = [set(keys) for keys, _ in collect(calls, "sm_90", processors=8)]
+    if last_run:
+        listed = {key for entry in launches.listed_calls() for key in entry["keys"]}
+        wanted |= listed & set().union(*made)
+    unreached = wanted - set().union(*made)
     for key in sorted(unreached):
         print(f"launched in the tests, but no launcher call makes it: {key}")
     entries, open_ = [], wanted - unreached
     while open_:
-        best = max(range(len(calls)), key=lambda i: len(replayed[i] & open_))
-        entries.append(
-            {"call": calls[best], "keys": sorted(k for k in replayed[best] if " | " in k or k.endswith("=1"))}
-        )
-        open_ -= replayed[best]
-    entries.sort(key=lambda e: json.dumps(e["call"]))
-    launches.LIST.parent.mkdir(exist_ok=True)
-    launches.LIST.write_text("[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
+        best = max(range(len(calls)), key=lambda i: len(made[i] & open_))
+        entries.append({"call": calls[best], "keys": sorted(made[best])})
+        open_ -= made[best]
+    entries.sort(key=lambda entry: json.dumps(entry["call"]))
+    launches.LIST.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
     print(f"{launches.LIST.relative_to(ROOT)}: {len(wanted)} keys by {len(entries)} calls")
 
 
@@ -543,6 +557,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--update", action="store_true")
+    parser.add_argument("--add", action="store_true")
     parser.add_argument("--budgets", action="store_true")
     parser.add_argument("--report", metavar="FILE", type=pathlib.Path)
     parser.add_argument("--all", action="store_true")
@@ -551,8 +566,8 @@ def main():
     options, rest = parser.parse_known_args()
     if os.environ.pop("TRITON_INTERPRET", None):
         sys.exit("aot.py compiles, so TRITON_INTERPRET must not be set")
-    if options.update:
-        update_list(rest)
+    if options.update or options.add:
+        update_list(rest, last_run=options.add)
     if options.budgets:
         update_budgets()
     if options.report:

@@ -14,7 +14,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     import launches
     from launches import (  # noqa: F401
-        pytest_addoption,
         pytest_sessionfinish,
         pytest_terminal_summary,
         pytest_testnodedown,

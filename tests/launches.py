@@ -1,12 +1,12 @@
 """Every Triton launch of a test run, and the check that each is in the committed list that ahead-of-time tests compile.
 
-A launch is known by its key: the kernel; one letter for each argument that is no constexpr (a tensor's dtype, `-` for None,
-`.` for a number; numbers outside tuples are left out); the constexprs; and behind a bar the tuning, as in
-`softmax_fwd_kernel bb HAS_MASK | BLOCK_M=4 BLOCK_N=512 num_warps=4`. A launch whose tile a test gave (`config=`) is known by
-what stands before the bar. Triton compiles an integer argument of 1 as a constant, so `kernel N=1` is a key too.
+A launch is known by three keys: the kernel with one letter for each argument that is no constexpr (a tensor's dtype, `-` for
+None, `.` for a number; numbers outside tuples are left out) and its flags, as in `softmax_fwd_kernel bb MASKED`; the kernel
+with its tile, as in `softmax_fwd_kernel | BLOCK_M=4 BLOCK_N=512 num_warps=4`, unless a test gave the tile (`config=`); and the
+kernel with each integer argument that is 1, which Triton compiles as a constant.
 
 tests/data/specialisations.json holds calls of launchers that together make all those launches: what is compiled is what a
-launcher asks for, shipped tile and all. `python tests/aot.py --update` writes it.
+launcher asks for, shipped tile and all. `python tests/aot.py --add` or `--update` writes it.
 """
 
 import collections
@@ -22,6 +22,7 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTE = ROOT / ".pytest_cache" / "launches.json"  # what the last run launched
 LIST = ROOT / "tests" / "data" / "specialisations.json"
 LETTERS = {
     torch.float16: "h",
@@ -35,7 +36,6 @@ LETTERS = {
 DTYPES = {letter: dtype for dtype, letter in LETTERS.items()}
 
 launched = collections.defaultdict(set)  # call of a launcher, as JSON -> keys of its launches
-given_tile = set()  # keys that a test's own `config=` made; only the part before the bar counts
 _current = threading.local()
 
 
@@ -55,17 +55,17 @@ def leaves(name, value):
 
 
 def keys_of(fn, args, options):
-    """All keys of launching fn (a triton.jit function) with args and options; the first is the one with everything."""
+    """(name, keys) of launching fn (a triton.jit function) with args and options; the name has flags and tile."""
     bound = inspect.signature(fn.fn).bind(*args, **{k: v for k, v in options.items() if k in fn.arg_names})
     bound.apply_defaults()
-    letters, flags, tuning, units = "", [], [], []
+    kernel, letters, flags, tile, units = fn.fn.__name__, "", [], [], []
     for name, constant in parameters(fn.fn):
         value = bound.arguments[name]
         if constant:
             value = getattr(value, "value", value)
             if value is not False and value is not None:
-                is_tuning = name.startswith(("BLOCK_", "GROUP_", "num_"))
-                (tuning if is_tuning else flags).append(name if value is True else f"{name}={value}")
+                is_tile = name.startswith(("BLOCK_", "GROUP_", "num_"))
+                (tile if is_tile else flags).append(name if value is True else f"{name}={value}")
             continue
         for leaf, v in leaves(name, value):
             if isinstance(v, torch.Tensor):
@@ -75,13 +75,11 @@ def keys_of(fn, args, options):
             elif leaf != name:
                 letters += "."
             if type(v) is int and v == 1:
-                units.append(f"{fn.fn.__name__} {leaf}=1")
-    tuning += [f"{k}={v}" for k, v in options.items() if k not in fn.arg_names and k.startswith("num_")]
-    return [f"{' '.join([fn.fn.__name__, letters, *flags])} | {' '.join(sorted(tuning))}", *units]
-
-
-def base(key):
-    return key.partition(" | ")[0]
+                units.append(f"{kernel} {leaf}=1")
+    tile += [f"{k}={v}" for k, v in options.items() if k not in fn.arg_names and k.startswith("num_")]
+    tile = f" | {' '.join(sorted(tile))}"
+    flagged = " ".join([kernel, letters, *flags])
+    return flagged + tile, [flagged, kernel + tile, *units]
 
 
 def describe(value):
@@ -131,11 +129,11 @@ def wrap_interpreter():
     @functools.wraps(run)
     def noted(self, *args, grid, warmup, **kwargs):
         if self.fn.__module__.startswith("fastattn.kernels."):
-            call = getattr(_current, "call", None)
-            keys = keys_of(self, args, kwargs)
-            launched[json.dumps(call)].update(keys)
-            if call is None or _current.given_tile:
-                given_tile.add(keys[0])
+            if call := getattr(_current, "call", None):
+                _, keys = keys_of(self, args, kwargs)
+                launched[json.dumps(call)].update(
+                    key for key in keys if not (_current.given_tile and "|" in key)
+                )
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     InterpretedFunction.run = noted
@@ -149,24 +147,18 @@ def start():
 
 
 def merge(note):
-    for call, keys in note["launched"].items():
+    for call, keys in note.items():
         launched[call].update(keys)
-    given_tile.update(note["given_tile"])
 
 
 def note():
-    return {
-        "launched": {call: sorted(keys) for call, keys in launched.items()},
-        "given_tile": sorted(given_tile),
-    }
+    return {call: sorted(keys) for call, keys in launched.items()}
 
 
 def missing():
     """Launched keys that no listed call makes."""
     listed = {key for entry in listed_calls() for key in entry["keys"]}
-    bases = {base(key) for key in listed}
-    made = {key for keys in launched.values() for key in keys}
-    return sorted(key for key in made if (base(key) not in bases if key in given_tile else key not in listed))
+    return sorted({key for keys in launched.values() for key in keys} - listed)
 
 
 def listed_calls():
@@ -178,32 +170,25 @@ def listed_calls():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    merge(getattr(node, "workeroutput", {}).get("launches", {"launched": {}, "given_tile": []}))
+    merge(getattr(node, "workeroutput", {}).get("launches", {}))
 
 
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["launches"] = note()
         return
-    if path := session.config.getoption("--launches", None):
-        pathlib.Path(path).write_text(json.dumps(note()))
-    elif missing() and session.exitstatus == 0:
+    NOTE.parent.mkdir(exist_ok=True)
+    NOTE.write_text(json.dumps(note()))
+    if missing() and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     absent = missing()
-    if absent and not config.getoption("--launches", None):
+    if absent:
         terminalreporter.section("launches that no ahead-of-time test compiles", red=True)
         for key in absent[:20]:
             terminalreporter.line(key)
         terminalreporter.line(
-            f"{len(absent)} launches are not in {LIST.relative_to(ROOT)}: "
-            "`python tests/aot.py --update` runs the tests once more and rewrites it"
+            f"{len(absent)} launches are not in {LIST.relative_to(ROOT)}: `python tests/aot.py --add` adds them"
         )
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--launches", metavar="FILE", help="write every Triton launch of this run to FILE, check nothing"
-    )

@@ -31,13 +31,17 @@ def sentences(costs, wrong):
 
 
 def over_budget(report):
-    tables = json.loads(aot.BUDGETS.read_text())
-    if report["triton"] not in tables:
+    """A sentence for each kernel that costs over 3 % more than committed, or of which nothing is."""
+    tables = json.loads(aot.BUDGETS.read_text()).get(report["triton"])
+    if tables is None:
         pytest.skip(f"no budgets for triton {report['triton']}")
+    whole = set(tables) == set(aot.TARGETS)  # of other versions only the shipped tiles are committed
     found = []
     for target, spent in aot.budgets_of(report).items():
         for key, row in spent.items():
-            budget = tables[report["triton"]].get(target, {}).get(key)
+            budget = tables.get(target, {}).get(key)
+            if budget is None and not (whole or report["shipped only"]):
+                continue
             if budget is None or any(now > 1.03 * before for now, before in zip(row, budget, strict=True)):
                 found.append(f"{target} {key}: registers, stack, shared memory {row}, budget {budget}")
     return found

@@ -81,7 +81,8 @@ CASES = {
     "alibi of each sequence": (dict(S_q=2), dict(alibi=(3, 4), num_splits=1)),
     "sinks, one share": (dict(S_q=2, lens=(0, 1, 300)), dict(sinks=True, num_splits=1, scale=0.3)),
     "negative scale": (dict(), dict(scale=-0.2, num_splits=2)),
-    "logits of std 30": (dict(S_q=2, std=30.0), dict(num_splits=4)),
+    # D = 32: beyond it a CPU's BLAS sums several chains a dot product, which rounds less than the kernels' single one.
+    "logits of std 30": (dict(S_q=4, D=32, std=30.0), dict(num_splits=4)),
     "small pages": (dict(S_q=2, page_size=16), dict(num_splits=3)),
     "odd pages": (dict(S_q=2, page_size=24, S=408), dict(num_splits=2, sinks=True)),
     "large pages": (dict(S_q=1, page_size=256, S=512), dict(window=(200, 3), num_splits=2)),
@@ -138,7 +139,7 @@ def test_nothing_cached(name, num_splits, sinks, device):
 @pytest.mark.parametrize("page_size", [16, 128, 256])
 def test_pages_equal_contiguous(page_size, device):
     (q, k, v, lens), given = inputs(
-        device, torch.bfloat16, S_q=2, page_size=page_size, S=512, lens=(3, 131, 509)
+        device, torch.bfloat16, H=2, H_kv=1, S_q=2, page_size=page_size, S=512, lens=(131, 509)
     )
     table = given.pop("block_table")
     contiguous = [c[table.long()].flatten(1, 2).transpose(1, 2).contiguous() for c in (k, v)]
@@ -190,7 +191,7 @@ def test_nothing_past_the_length_leaks(page_size, name, device):
 
 def test_wrong_lengths_and_pages_stay_in_bounds(device):
     """The op checks what it can see; what it cannot must not fault in the kernels. A page that does not exist is not written."""
-    (q, k, v, _), given = inputs(device, S_q=2, page_size=16, S=64)
+    (q, k, v, _), given = inputs(device, H=2, H_kv=1, S_q=2, page_size=16, S=64)
     table = given["block_table"]
     table[:, 1:] = torch.tensor([-5, 2**31 - 1, len(k)], dtype=torch.int32, device=device)
     before = k.clone()
@@ -219,11 +220,7 @@ def test_strides(name, device):
         expected = ours(q, k, v, lens, num_splits=2, **given)
         for caches in ((both[..., :40].transpose(1, 2), both[..., 40:].transpose(1, 2)), (odd, v)):
             got = attention_decode(strided_q, *caches, lens.long(), num_splits=2, return_lse=True, **strided)
-            assert (
-                all(map(torch.equal, got, expected))
-                if name == "triton"
-                else torch.allclose(got[0], expected[0])
-            )
+            assert all(map(torch.equal if name == "triton" else torch.allclose, got, expected))
     assert name == "torch" or got[0].transpose(1, 2).reshape(3, 2, 160).data_ptr() == got[0].data_ptr()
 
 
@@ -327,14 +324,6 @@ def test_explain(device):
     assert "head dims from 1 to 256" in fastattn.explain(attention_decode, *wide, lens)
 
 
-@pytest.mark.parametrize("page_size", [0, 16])
-def test_torch_op(page_size, device):
-    (q, k, v, lens), given = inputs(device, torch.float16, page_size=page_size, S=64, lens=(0, 20, 60))
-    operands = (q, k, v, lens, given.get("block_table"), given["k_new"], given["v_new"], None, None)
-    scalars = (-1, -1, 0.0, 0.125, 2, False, "triton")
-    torch.library.opcheck(torch.ops.fastattn.attention_decode_fwd, (*operands, *scalars))
-
-
 def test_compiles_to_one_graph(device):
     """Two steps of generation with the append, against eager; nothing but the op and its arguments' arithmetic is traced."""
 
@@ -357,7 +346,7 @@ def test_compiles_to_one_graph(device):
 def test_tables_are_legal():
     for rows in kernels.TILES.values():
         limits = [limit for limit, _ in rows]
-        assert limits == sorted(limits) and limits[-1] == kernels.MAX_HEAD_DIM
+        assert limits == sorted(limits) and limits[-1] == 256
         for _, row in rows:
             assert all(n & (n - 1) == 0 for n in (row["MAX_M"], row["BLOCK_N"], row["num_warps"]))
             assert row["BLOCK_N"] >= 16 <= row["MAX_M"]  # tl.dot takes no dim below 16

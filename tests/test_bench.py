@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastattn import cli
-from fastattn.benchmarks import bench_layer_norm, ceilings, host_path, measure, report, run, timing
+from fastattn import backend, cli, functional
+from fastattn.benchmarks import bench_gpt, bench_layer_norm, ceilings, host_path, measure, report, run, timing
 from fastattn.benchmarks.suite import Work
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def written(folder):
 
 
 def a_case():
-    return bench_layer_norm.layer_norm(16, 64, torch.float32)
+    return bench_layer_norm.layer_norm(32, 32, torch.float32)
 
 
 def test_bench_writes_table_csv_json_and_plot(tmp_path):
@@ -60,7 +60,7 @@ def test_a_wrong_result_has_no_time_and_fails_the_run(tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "2 x torch's own" in done.output.replace("\n", " ") and "failed" in done.output
     for row in written(tmp_path):
-        assert bool(row["median_us"]) == (row["provider"] == "eager")
+        assert bool(row["median_us"]) == (row["provider"] == "eager" or row["op"] != "layer_norm")
 
 
 def test_a_wrong_gradient_alone_is_caught():
@@ -116,6 +116,53 @@ def test_host_path_is_measured_against_torch(monkeypatch):
 
 
 @pytest.fixture
+def nothing_followed(monkeypatch):
+    """The GPT's training without the half minute of Triton's interpreter behind it."""
+    nothing = {
+        "losses": {"triton": [2.0, 1.0], "eager alone": [2.0, 1.0]},
+        "wrong": [],
+        "calls": {},
+        "parameters": 0,
+    }
+    monkeypatch.setattr(bench_gpt, "_followed", lambda *args: nothing)
+
+
+def test_gpt_learns_from_a_file_and_writes(tmp_path, nothing_followed):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
+    done = bench(tmp_path, "--op", "gpt", "--data", str(tmp_path / "text.txt"))
+    assert done.exit_code == 0, done.output
+    for expected in (
+        "text.txt, 2,250 bytes",
+        "0.0e+00 apart",
+        "torch against torch",
+        "Text the model writes",
+    ):
+        assert expected in done.output
+    losses = json.loads((tmp_path / "results.json").read_text())["gpt"]["losses"]
+    assert losses["eager"] == losses["fastattn"] and losses["eager"][-1] < 0.8 * losses["eager"][0]
+    assert (tmp_path / "gpt.png").exists()
+
+
+def test_a_gpt_that_learns_something_else_fails_the_run(tmp_path, monkeypatch, nothing_followed):
+    right = functional.attention
+    off = lambda *args, **options: right(*args, **options) * (1.0 if backend._forced else 1.5)  # noqa: E731
+    monkeypatch.setattr(functional, "attention", off)
+    done = bench(tmp_path, "--op", "gpt")
+    assert done.exit_code == 1
+    assert "apart from eager's, allowed" in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these steps in the benchmark itself")
+def test_gpt_through_the_interpreter_follows_eager():
+    steps = []
+    followed = bench_gpt._followed(CPU, 2, lambda: steps.append(1))
+    assert followed["wrong"] == [] and len(followed["losses"]["triton"]) == 2 and steps
+    assert followed["calls"]["attention on triton"] == 4 and not any(
+        "on torch" in name for name in followed["calls"]
+    )
+
+
+@pytest.fixture
 def stand_in_gpu(monkeypatch):
     """torch.cuda's timing interface on the CPU's clock, so that the GPU's code path runs where there is none."""
 
@@ -158,6 +205,8 @@ def stand_in_gpu(monkeypatch):
     monkeypatch.setattr(timing, "is_gpu", lambda device: True)
     monkeypatch.setattr(timing, "L2_FLUSH_BYTES", 1 << 12)
     monkeypatch.setattr(timing, "GRAPH_CALLS", 3)
+    host_time = timing.host_time
+    monkeypatch.setattr(timing, "host_time", lambda call, repeats=2: host_time(call, 2))
     answer = types.SimpleNamespace(communicate=lambda timeout: ("1755, 650.5\n", ""))
     monkeypatch.setattr(timing, "ask_nvidia_smi", lambda: answer)
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -125,6 +126,35 @@ def test_import_calls_no_cuda():
     )
     done = subprocess.run([sys.executable, "-c", code, _C.__file__], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_launcher_allocates_what_the_extension_fills(monkeypatch):
+    def fill(x, weight, bias, y, mean, rstd, eps):
+        assert weight is None and bias is None and eps == 1e-5
+        assert y.is_contiguous() and mean.is_contiguous() and rstd.is_contiguous()
+        y.copy_(torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps))
+        mean.copy_(x.mean(1))
+        rstd.copy_(((x - x.mean(1, keepdim=True)).square().mean(1) + eps).rsqrt())
+
+    monkeypatch.setattr(cuda, "extension", lambda: types.SimpleNamespace(layer_norm_fwd=fill))
+    for x in (BASE.half(), BASE.t(), BASE[:0], BASE[:1].expand(3, 6)):
+        y, mean, rstd = cuda.layer_norm_fwd(x, None, None, 1e-5)
+        assert y.shape == x.shape and y.dtype == x.dtype
+        assert mean.shape == rstd.shape == x.shape[:1] and mean.dtype == rstd.dtype == torch.float32
+
+
+def test_layer_norm_refuses_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    assert "the tensors are on cpu" in cuda.layer_norm_why_not(BASE, None, None, BASE.dtype)
+    assert "torch.float64" in cuda.layer_norm_why_not(BASE.double(), None, None, torch.float64)
+    monkeypatch.setattr(cuda, "why_not", lambda *tensors: None)
+    half, ones = BASE.half(), torch.ones(6)
+    assert cuda.layer_norm_why_not(half, ones, ones, half.dtype) is None
+    assert cuda.layer_norm_why_not(half, ones.half(), None, half.dtype) is None
+    assert "must both be" in cuda.layer_norm_why_not(half, ones, ones.half(), half.dtype)
+    assert "is wanted in torch.float32" in cuda.layer_norm_why_not(half, ones, ones, torch.float32)
+    assert "must both be" in cuda.layer_norm_why_not(BASE, ones.half(), None, BASE.dtype)
+    assert "contiguous" in cuda.layer_norm_why_not(BASE, torch.ones(12)[::2], None, BASE.dtype)
 
 
 gpu = pytest.mark.gpu

@@ -23,6 +23,7 @@ def test_info_says_what_is_here_and_what_has_been_seen():
     assert done.exit_code == 0, done.output
     for expected in (torch.__version__, "CUDA extension", "attention", "layer_norm", "triton"):
         assert expected in done.output
+    assert "triton refuses" in done.output or torch.cuda.is_available()
     if not backend.PROVEN:
         assert "never run on a GPU" in done.output
 
@@ -68,11 +69,8 @@ def test_the_verdict_lists_ops_that_were_right_everywhere(monkeypatch, tmp_path)
     assert ops == {"cuda": [], "triton": ["softmax"]}
     assert json.loads(path.read_text()) == {"this card": ops}
     assert backend.verdict(torch.device("cuda")) == ops
-    # a later run of other ops keeps what it did not try, and takes back what has become wrong
     again = [result("triton", "right", "layer_norm"), result("triton", "wrong", "softmax")]
     assert check_cases.record(torch.device("cuda"), again)[1] == {"cuda": [], "triton": ["layer_norm"]}
-    check_cases.record(torch.device("cuda"), results)
-    assert backend.verdict(torch.device("cuda")) == {"cuda": [], "triton": ["layer_norm", "softmax"]}
     backend.verdict.cache_clear()
 
 

@@ -186,4 +186,4 @@ def test_thirty_steps_through_triton_follow_eager():
     assert curve[-1] < curve[0] - 1
     ran = {op: n for (op, name), n in (backend.calls - before).items() if name == "triton"}
     print(f"calls through Triton: {ran}, loss {curve[0]:.3f} -> {curve[-1]:.3f}")
-    assert ran == {"embeddings": 30, "layer_norm": 30, "add_layer_norm": 120, "attention": 60}
+    assert ran == {"position": 30, "layer_norm": 30, "add_layer_norm": 120, "attention": 60}

@@ -468,7 +468,8 @@ def test_tiles_are_legal(kernels):
     for table in (kernels.ADD, kernels.ADD_BACKWARD, kernels.NORM, kernels.NORM_BACKWARD):
         limits = [limit for limit, _ in table]
         assert limits == sorted(limits)
-        assert all(size & (size - 1) == 0 for _, tile in table for size in tile.values())
+        sizes = [size for _, tile in table for name, size in tile.items() if name != "PROGRAMS"]
+        assert all(size & (size - 1) == 0 for size in sizes)
         assert all(tile["BLOCK_C"] >= 8 for _, tile in table)  # row_dropout draws for eight columns
     for limit, tile in kernels.NORM + kernels.NORM_BACKWARD:
         assert tile["BLOCK_C"] == limit  # the norm needs a row in one tile

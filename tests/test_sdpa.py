@@ -63,6 +63,17 @@ def test_stock_torch_serves_every_option(row, returns):
     assert not check(ours, wanted, (q, k, v), options=options, grad_outputs=finite[: 3 if returns else 1])
 
 
+def test_rows_that_attend_to_nothing_have_gradients_of_zero():
+    q, k, v = heads(1, 2, 3, 8), heads(1, 2, 4, 8), heads(1, 2, 4, 8)
+    bias = torch.zeros(3, 4).index_fill(0, torch.tensor([1]), float("-inf")).requires_grad_()
+    for returns in ({}, {"return_lse": True}, {"return_weights": True}):
+        o = attention(q, k, v, bias=bias, **returns)
+        o = o[0] if returns else o
+        grads = torch.autograd.grad(o.sum(), (q, k, v, bias))
+        assert not o[:, :, 1].any() and not grads[0][:, :, 1].any()
+        assert all(g.isfinite().all() for g in grads)
+
+
 def test_padding_never_leaks_from_stock_torch():
     q, k, v = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
     clean = attention(q, k, v, kv_lens=torch.tensor([3]))

@@ -376,36 +376,55 @@ def _composite(
 
 def _torch_attention(q, k, v, extras, options, return_lse, return_weights):
     """Stock torch: its SDPA wherever that can say what is asked, plain ops where it cannot."""
-    bias, mask, alibi_slopes, sinks, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k = extras
+    sinks, cu_seqlens_q = extras[3], extras[6]
     named = _named(options)
+    dropout_p, scale = named["dropout_p"], named["scale"]
     if cu_seqlens_q is not None:
         return _torch_varlen(q, k, v, extras, options, return_lse)
-    if return_lse or return_weights or named["softcap"] or sinks is not None:
-        seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if named["dropout_p"] else None
+    if return_lse or named["softcap"] or sinks is not None or (return_weights and k.shape[1] != q.shape[1]):
+        seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if dropout_p else None
         return _composite(q, k, v, *extras, seed, options)
+    k, v, attn_mask, is_causal = _stock_mask(q, k, v, extras, named, explicit=return_weights)
+    if return_weights:
+        s = q * scale @ k.transpose(-1, -2)
+        if attn_mask is not None:
+            s = s.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else s + attn_mask
+            nothing = s.isneginf().all(-1, keepdim=True)  # such a row would be NaN, in the gradient too
+            s = s.masked_fill(nothing, 0.0)
+        weights = torch.softmax(s, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        weights = weights if attn_mask is None else weights.masked_fill(nothing, 0.0)
+        return F.dropout(weights, dropout_p) @ v, None, weights
+    gqa = bool(q.shape[1] != k.shape[1])  # a tensor under torch.jit.trace
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa)
+    return o, None, None
+
+
+def _stock_mask(q, k, v, extras, named, explicit):
+    """k and v without their padding, and all exclusions and biases as one mask for stock torch, with its is_causal flag.
+
+    explicit: causality too goes into the mask.
+    """
+    bias, mask, alibi_slopes, _, q_lens, kv_lens, _, _ = extras
     causal, window = named["causal"], named["window"]
     lengths = q_lens is not None or kv_lens is not None
     pattern = lengths or window is not None or alibi_slopes is not None or causal == "bottom_right"
-    attn_mask, is_causal = mask if bias is None else bias.to(q.dtype), causal is True
-    if pattern or (is_causal and attn_mask is not None) or (bias is not None and mask is not None):
-        B, S_q, S_k = q.shape[0] if lengths else 1, q.shape[2], k.shape[2]
-        keep, distance, _, past_k = reference.allowed_pairs(
-            B, S_q, S_k, causal, window, q_lens, kv_lens, q.device
-        )
-        attn_mask = keep if mask is None else keep & mask
-        if bias is not None or alibi_slopes is not None:
-            added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
-            if alibi_slopes is not None:
-                added = added - alibi_slopes.reshape(-1, q.shape[1], 1, 1) * distance.abs()
-            attn_mask = torch.where(attn_mask, added.to(q.dtype), -math.inf)
-        if lengths:  # stock attention multiplies padding by zero, and NaN times zero is NaN
-            k, v = k.masked_fill(past_k, 0.0), v.masked_fill(past_k, 0.0)
-        is_causal = False
-    gqa = bool(q.shape[1] != k.shape[1])  # a tensor under torch.jit.trace
-    o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask, named["dropout_p"], is_causal, scale=named["scale"], enable_gqa=gqa
+    attn_mask = mask if bias is None else bias.to(q.dtype)
+    alone = attn_mask is None and not explicit
+    if not pattern and (bias is None or mask is None) and (alone or not causal):
+        return k, v, attn_mask, causal is True
+    B, S_q, S_k = q.shape[0] if lengths else 1, q.shape[2], k.shape[2]
+    keep, distance, _, past_k = reference.allowed_pairs(
+        B, S_q, S_k, causal, window, q_lens, kv_lens, q.device
     )
-    return o, None, None
+    attn_mask = keep if mask is None else keep & mask
+    if bias is not None or alibi_slopes is not None:
+        added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
+        if alibi_slopes is not None:
+            added = added - alibi_slopes.reshape(-1, q.shape[1], 1, 1) * distance.abs()
+        attn_mask = torch.where(attn_mask, added.to(q.dtype), -math.inf)
+    if lengths:  # stock attention multiplies padding by zero, and NaN times zero is NaN
+        k, v = k.masked_fill(past_k, 0.0), v.masked_fill(past_k, 0.0)
+    return k, v, attn_mask, False
 
 
 def _torch_varlen(q, k, v, extras, options, return_lse):

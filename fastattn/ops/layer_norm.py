@@ -58,6 +58,8 @@ def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
         return _stock(name, x, normalized_shape, weight, bias, eps, dtype)
     rms, eps = name == "rms_norm", _default_eps(eps, x)
     rows, weight, bias = _flattened(normalized_shape, x, weight, bias)
+    if torch.compiler.is_compiling():
+        rows, weight, bias = backend.distinct(rows, weight, bias)
     if backend.needs_grad(x, weight, bias):
         y = _Norm.apply(rows, weight, bias, eps, rms, dtype, chosen)
     else:
@@ -84,6 +86,8 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
     seed = torch.randint(0, 2**63 - 1, (2,), device=x.device) if dropout_p else None
     rms, eps = norm == "rms_norm", _default_eps(eps, residual)
     rows, residual_rows, weight, bias = _flattened(normalized_shape, x, residual, weight, bias)
+    if torch.compiler.is_compiling():
+        rows, residual_rows, weight, bias = backend.distinct(rows, residual_rows, weight, bias)
     args = (rows, residual_rows, weight, bias, seed, eps, float(dropout_p), rms)
     if backend.needs_grad(x, residual, weight, bias):
         y, r = _AddNorm.apply(*args, dtype, chosen)
