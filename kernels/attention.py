@@ -8,12 +8,12 @@
 Forward: a program owns BLOCK_M queries of one head and walks over the keys with an online softmax: when the running
 maximum m grows, the sum l and the accumulator shrink by exp(m_old - m_new), so that acc / l is exact at the end. Backward:
 p comes back from lse. One kernel owns keys and walks over queries (and over the query heads of its key head) for dk and
-dv, another owns queries and walks over keys for dq: 7 products for 5, but a fixed order and no atomics. Each walk has a
-clean middle, whose tiles lie wholly inside the sequences and the causal or window band and check nothing, and masked ends.
+dv, another owns queries and walks over keys for dq: 7 products for 5, but a fixed order and no atomics. The middle of a
+walk is clean, tiles wholly inside the sequences and the causal or window band that check nothing; its ends are masked.
 
 m, l, lse and every accumulator are fp32; p and ds are rounded to the inputs' dtype for their second product. Logits of
-16-bit inputs live in units of log2 (exp2 is the hardware's, and the scale folds into it), those of fp32 in natural units,
-where s - lse is taken before it is multiplied and loses nothing. Saved: o and lse. Reads q, k, v, the un-expanded bias and mask; writes o, lse.
+16-bit inputs are in units of log2 (exp2 is the hardware's, and the scale folds into it), those of fp32 in natural ones,
+where s - lse is exact. q, k, v are read, o and lse written and saved; bias and mask are read un-expanded.
 Online softmax: Milakov and Gimelshein, arXiv 1805.02867; the backward: Dao et al., arXiv 2205.14135.
 """
 
@@ -99,6 +99,9 @@ TILES = {
 # fmt: on
 
 
+DELTA_ROWS = 32  # a streaming kernel: 32 rows of up to 256 fill 4 warps
+
+
 class Rows(NamedTuple):
     """A (B, H, rows, width) tensor of stride-1 width; stride_b is 0 for packed sequences."""
 
@@ -117,13 +120,15 @@ class Stats(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """A (B, H, S_q, S_k) tensor, stride 0 where it is broadcast."""
+    """A (B, H, S_q, S_k) tensor, stride 0 where it is broadcast; by_row, by_key: whether queries and keys differ in it."""
 
     ptr: Any
     stride_b: Any
     stride_h: Any
     stride_m: Any
     stride_n: Any
+    by_row: Any
+    by_key: Any
 
 
 class Rules(NamedTuple):
@@ -275,18 +280,16 @@ def load_lse(ptr, m, q_len, rules):
 @triton.jit
 def plane_tile(ptr, plane, m, n, at, MASKED: tl.constexpr):
     """A bias's or mask's values at rows m and keys n, read once where they are broadcast; 0 outside where MASKED."""
-    if plane.stride_m is None and plane.stride_n is None:
-        x = tl.load(ptr)
+    if plane.by_row and plane.by_key:
+        ptrs = ptr + (m.to(tl.int64) * plane.stride_m + n.to(tl.int64) * plane.stride_n)
+        inside = (m < at.q_len) & (n < at.kv_len)
+    elif plane.by_row:
+        ptrs, inside = ptr + m.to(tl.int64) * plane.stride_m, m < at.q_len
+    elif plane.by_key:
+        ptrs, inside = ptr + n.to(tl.int64) * plane.stride_n, n < at.kv_len
     else:
-        if plane.stride_m is None:
-            ptrs, inside = ptr + n.to(tl.int64) * plane.stride_n, n < at.kv_len
-        elif plane.stride_n is None:
-            ptrs, inside = ptr + m.to(tl.int64) * plane.stride_m, m < at.q_len
-        else:
-            ptrs = ptr + (m.to(tl.int64) * plane.stride_m + n.to(tl.int64) * plane.stride_n)
-            inside = (m < at.q_len) & (n < at.kv_len)
-        x = tl.load(ptrs, mask=inside, other=0) if MASKED else tl.load(ptrs)
-    return x
+        ptrs, inside = ptr, True
+    return tl.load(ptrs, mask=inside, other=0) if MASKED else tl.load(ptrs)
 
 
 @triton.jit
@@ -379,9 +382,8 @@ def attention_fwd_tiles(
         s, _ = logits(s, offs_m[:, None], (n0 + tl.arange(0, BLOCK_N))[None, :], scale, rules, at, MASKED)
 
         m_new = tl.maximum(m, tl.max(s, 1) * factor)
-        m_used = tl.where(
-            m_new == float("-inf"), 0.0, m_new
-        )  # nothing attended so far: -inf - -inf would be NaN
+        # while nothing is attended, -inf - -inf would be NaN
+        m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2((s * factor - m_used[:, None]) * rules.rest)
         alpha = tl.exp2((m - m_used) * rules.rest)
         l_i = l_i * alpha + tl.sum(p, 1)
@@ -755,21 +757,21 @@ def attention_bwd(
         grid = B * H * triton.cdiv(max_seqlen_q, config["dq"]["BLOCK_M"])
         if grid:
             attention_bwd_dq_kernel[(grid,)](
-                *saved, rows(dq), output_plane(dbias) if pattern == "plane" else None,
+                *saved, rows(dq), plane(dbias) if pattern == "plane" else None,
                 stats(sums) if pattern == "rows" else None, rules, scale, max_seqlen_q, **static, **config["dq"],
             )  # fmt: skip
         if pattern == "loop":
             kept_b, kept_h = dbias.shape[:2]
             row = config["dq"]
             grid = (
-                kept_b
-                * kept_h
-                * triton.cdiv(rules.S_q, row["BLOCK_M"])
+                triton.cdiv(rules.S_q, row["BLOCK_M"])
                 * triton.cdiv(rules.S_k, row["BLOCK_N"])
+                * kept_b
+                * kept_h
             )
             if grid:
                 attention_bwd_dbias_kernel[(grid,)](
-                    *saved, output_plane(dbias), rules, kept_h, B // kept_b, H // kept_h, **static, **row
+                    *saved, plane(dbias), rules, kept_h, B // kept_b, H // kept_h, **static, **row
                 )
 
     # The second stages: torch's sums have a fixed order, and what they read is small.
@@ -795,38 +797,19 @@ def attention_weights(
     if grid and k.shape[2]:
         with on_device(q):
             attention_weights_kernel[(grid,)](
-                rows(q), rows(k), stats(lse), output_plane(weights), rules, static["D"], static["BLOCK_D"],
+                rows(q), rows(k), stats(lse), plane(weights), rules, static["D"], static["BLOCK_D"],
                 BOTTOM_RIGHT=static["BOTTOM_RIGHT"], PRECISION=static["PRECISION"], **row,
             )  # fmt: skip
     return weights
 
 
-DELTA_ROWS = 32  # a streaming kernel: 32 rows of up to 256 fill 4 warps
-
-
 def make_rules(
-    q,
-    k,
-    bias,
-    mask,
-    slopes,
-    q_lens,
-    kv_lens,
-    cu_q,
-    cu_k,
-    seed,
-    causal,
-    left,
-    right,
-    softcap,
-    dropout_p,
-    scale,
-):
+    q, k, bias, mask, slopes, q_lens, kv_lens, cu_q, cu_k, seed, causal, left, right, softcap, dropout_p, scale,
+):  # fmt: skip
     """The Rules of a call; causal becomes a band that ends at the query."""
     B = batches(q, cu_q)
-    H, S_q, S_k = (
-        (q.shape[1], q.shape[2], k.shape[2]) if cu_q is None else (q.shape[1], q.shape[0], k.shape[0])
-    )
+    H, positions = q.shape[1], 2 if cu_q is None else 0
+    S_q, S_k = q.shape[positions], k.shape[positions]
     right = 0 if causal and right != 0 else right
     left, right = (None if reach < 0 else min(reach, S_q + S_k) for reach in (left, right))
     unit = 1.0 if q.dtype == torch.float32 else LOG2E.value
@@ -896,15 +879,7 @@ def stats(x):
 
 
 def plane(x):
-    """Plane of a (B, H, S_q, S_k) view; a broadcast row or key dim is read once, so its stride is None."""
-    strides = (
-        None if s == 0 or size == 1 else s for size, s in zip(x.shape[2:], x.stride()[2:], strict=True)
-    )
-    return Plane(x, *x.stride()[:2], *strides)
-
-
-def output_plane(x):
-    return Plane(x, *x.stride())
+    return Plane(x, *x.stride(), *(tl.constexpr(x.stride(d) != 0 and x.shape[d] > 1) for d in (2, 3)))
 
 
 def bias_pattern(full, kept):
