@@ -196,22 +196,24 @@ def aligned(spec, to16):
     return spec._replace(alignment="16" if to16 else "1", attrs=attrs)
 
 
-def tokens(spec):
-    kernel, *words = spec.key.replace(" | ", " ").split(" ")
-    letters = [f"{i}{c}" for i, c in enumerate(words[0])]
-    units = [f"1{path}" for path, value in spec.constexprs.items() if type(value) is int and value == 1]
-    return kernel, [*letters, *words[1:], *units]
+def features(spec):
+    """(kernel, dtype or absence of each argument and constexprs, head dims as padded or not); tiles are the shipped calls'."""
+    flagged, _, tile = spec.key.partition(" | ")
+    kernel, letters, *words = flagged.split(" ")
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name in ("D", "DV", "D_V"):
+            words[i] = (
+                f"{name} whole"
+                if f"BLOCK_{name.replace('_', '')}={value}" in tile.split()
+                else f"{name} padded"
+            )
+    return kernel, [*(f"{i}{c}" for i, c in enumerate(letters)), *words]
 
 
-def covering(specs, ways):
-    """A choice of specs in which every `ways` features of one kernel that some spec has together occur together.
-
-    Features: dtype or absence of each argument, each constexpr, the tile, integers that are 1. Greedy, in a fixed order.
-    """
-    wanted = [
-        {(kernel, *combination) for combination in itertools.combinations(sorted(features), ways)}
-        for kernel, features in map(tokens, specs)
-    ]
+def covering(specs):
+    """A choice of specs in which every feature that some spec of a kernel has occurs. Greedy, in a fixed order."""
+    wanted = [{(kernel, feature) for feature in found} for kernel, found in map(features, specs)]
     open_, chosen = set().union(*wanted), []
     while open_:
         best = max(range(len(specs)), key=lambda i: len(wanted[i] & open_))
@@ -248,12 +250,13 @@ def plan(everything, target_names):
         ]
         total += len(made) + len(big)
         if everything:
-            picked = [*made, *(aligned(s, False) for s in made)]
+            picked = [*big, *made, *(aligned(s, False) for s in made)]
         elif target == "sm_90":
-            picked = [*covering(made, 2), *(aligned(s, False) for s in covering(made, 1))]
+            few = covering(made)
+            picked = [*big, *few, *(aligned(s, False) for s in few)]
         else:
-            big, picked = [], covering(unique([*made, *big]), 1)
-        chosen += unique([*big, *picked])
+            picked = covering([*big, *made])
+        chosen += unique(picked)
     return chosen, total, stale
 
 
@@ -283,13 +286,13 @@ def shipped_calls():
         x = tensor("b", 8192, N)
         calls.append(["softmax.softmax_fwd", x, -1, False, {"dtype": "b"}])
         calls.append(["softmax.softmax_bwd", x, x, -1, False, {"dtype": "b"}])
-    for C in widths(position.ADD_TILES, position.ADD_BWD_TILES):
+    for C in widths(position.ADD, position.ADD_BACKWARD):
         x, table = tensor("b", 16, 1024, C), tensor("b", 2048, C)
         for learned in (table, None):
             calls.append(["position.add_positional_encoding_fwd", x, learned, None, None, 0, 1.0, 0.0])
             calls.append(["position.add_positional_encoding_bwd", x, learned, None, None, 0, 1.0, 0.0, True,
                           learned is not None])  # fmt: skip
-    for C in widths(position.EMBED_TILES, position.EMBED_BWD_TILES)[:-1]:  # wider rows are refused
+    for C in widths(position.NORM, position.NORM_BACKWARD)[:-1]:  # wider rows are refused
         ids, dy, w, stat = tensor("l", 16, 512), tensor("b", 16, 512, C), tensor("f", C), tensor("f", 8192)
         tables = [tensor("b", 30522, C), tensor("b", 2, C), tensor("b", 512, C), w, w]
         calls.append(["position.embeddings_fwd", ids, ids, None, *tables, None, 1e-12, 0.0])
