@@ -12,7 +12,17 @@ import torch
 from typer.testing import CliRunner
 
 from fastattn import backend, cli, functional
-from fastattn.benchmarks import bench_gpt, bench_layer_norm, ceilings, host_path, measure, report, run, timing
+from fastattn.benchmarks import (
+    bench_gpt,
+    bench_layer_norm,
+    ceilings,
+    host_path,
+    measure,
+    report,
+    run,
+    timing,
+    tune,
+)
 from fastattn.benchmarks.suite import Work
 
 CPU = torch.device("cpu")
@@ -257,3 +267,18 @@ def test_the_ceilings_kernels_move_what_they_say():
 
 def test_every_chosen_op_has_a_benchmark_file():
     assert set(run.EVERYTHING) == {*run.OPS, "host", "gpt"}
+
+
+def test_tune_ranks_tiles_and_names_wrong_ones(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("the real thing runs there")
+    one = dict(BLOCK_M=(64,), BLOCK_N=(32,), num_warps=(4,), num_stages=(1,))
+    monkeypatch.setattr(tune, "CANDIDATES", {"fwd": one, "dkdv": one, "dq": one})
+    for kernel in tune.CANDIDATES:
+        shipped, candidate = tune.outcomes(kernel, 16, 40, True, 1, 1, "cpu", lambda call: call().numel())
+        assert candidate[0] == dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)
+        assert shipped[1] == candidate[1] == 40 * 16 * (1 if kernel == "fwd" else 3)
+    broken = dict(one, BLOCK_N=(0,))
+    monkeypatch.setattr(tune, "CANDIDATES", {"fwd": broken, "dkdv": one, "dq": one})
+    _, candidate = tune.outcomes("fwd", 16, 40, True, 1, 1, "cpu", lambda call: 0.0)
+    assert isinstance(candidate[1], str)
