@@ -72,7 +72,7 @@ TILES = {
     ],
     ("dkdv", "fp32"): [
         (64, dict(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=2)),
-        (128, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)),
+        (128, dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2)),
         (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)),
     ],
     ("dq", "plain"): [

@@ -56,7 +56,7 @@ TILES = {
     (90, 32): [
         (64,  dict(MAX_M=16, BLOCK_N=64, num_warps=8, num_stages=2)),
         (128, dict(MAX_M=16, BLOCK_N=32, num_warps=8, num_stages=3)),
-        (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=3)),
+        (256, dict(MAX_M=16, BLOCK_N=16, num_warps=8, num_stages=2)),
     ],
     (100, 16): [
         (64,  dict(MAX_M=64, BLOCK_N=128, num_warps=4, num_stages=3)),

@@ -34,7 +34,7 @@ FORWARD = [
     (8192, dict(TILE=8192, num_warps=8)),
     (16384, dict(TILE=16384, num_warps=16)),
 ]
-FORWARD_LOOPED = dict(TILE=8192, num_warps=16)
+FORWARD_LOOPED = dict(TILE=4096, num_warps=8)
 BACKWARD = [  # PROGRAMS on each multiprocessor
     (2048, dict(TILE=2048, num_warps=4, PROGRAMS=4)),
     (4096, dict(TILE=4096, num_warps=8, PROGRAMS=2)),

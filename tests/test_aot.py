@@ -60,8 +60,10 @@ def test_everything_compiles(report):
 
 
 def test_nothing_spills_on_hopper(report):
-    spilled = [c for c in report["costs"] if c["target"] == "sm_90" and c.get("stack")]
-    assert not spilled, sentences(spilled, lambda c: f"{c['stack']} bytes of stack")
+    """At the shipped tiles. Without 16-byte alignment some do, where a load takes a register for each element: see the budgets."""
+    here = [c for c in report["costs"] if c["target"] == "sm_90" and c["alignment"] != "1"]
+    spilled = [c for c in here if c.get("stack")]
+    assert here and not spilled, sentences(spilled, lambda c: f"{c['stack']} bytes of stack")
 
 
 def test_shared_memory_fits(report):
