@@ -121,9 +121,9 @@ def count(instructions):
 
 
 def wide_share(ops, kind):
-    """Bytes that 16-byte accesses to global memory move, of all of `kind` ("LDG" or "STG"); None without any."""
-    moved = {op: n * width(op) for op, n in ops.items() if re.match(rf"{kind}\b", op)}
-    return sum(n for op, n in moved.items() if ".128" in op) / sum(moved.values()) if moved else None
+    """Bytes that 16-byte accesses to global memory move, of all of `kind` ("LDG", straight to shared memory too, or "STG")."""
+    moved = {op: n * width(op) for op, n in ops.items() if re.match(rf"{kind}(STS)?\b", op)}
+    return sum(n for op, n in moved.items() if ".128" in op) / sum(moved.values()) if moved else 1.0
 
 
 def resident_blocks(registers, shared, warps):
