@@ -131,7 +131,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_names_the_argument(name, forced):
     call, words = BAD[name]
-    with backend.use_backend(forced), pytest.raises((*ERRORS, NotImplementedError), match=words or None) as caught:
+    with (
+        backend.use_backend(forced),
+        pytest.raises((*ERRORS, NotImplementedError), match=words or None) as caught,
+    ):
         call()
     assert caught.value.args and "internal" not in str(caught.value).lower()
 
