@@ -14,7 +14,8 @@ from fastattn import backend
 from fastattn.benchmarks import bench_gpt, host_path, report, timing
 from fastattn.benchmarks.measure import measure
 
-OPS = ("attention", "attention_decode", "softmax", "layer_norm", "position")
+FILES = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
+OPS = tuple(stem.removeprefix("bench_") for stem in FILES if stem != "bench_gpt")
 EVERYTHING = (*OPS, "host", "gpt")
 
 
