@@ -51,7 +51,7 @@ TILES = {
         (256, dict(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1)),
     ],
     ("fwd", "fp32"): [
-        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2)),
+        (64, dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)),
         (128, dict(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=2)),
         (256, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)),
     ],

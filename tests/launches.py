@@ -177,8 +177,9 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["launches"] = note()
         return
-    NOTE.parent.mkdir(exist_ok=True)
-    NOTE.write_text(json.dumps(note()))
+    if launched:
+        NOTE.parent.mkdir(exist_ok=True)
+        NOTE.write_text(json.dumps(note()))
     if missing() and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
