@@ -364,7 +364,7 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_lens, block_table, k_new, v_
 
 
 def tile_row(device, element_size, head_dim):
-    """A copy of the first row of TILES that holds head_dim, for this device's architecture or the nearest below."""
+    """A copy of the first row of TILES that holds head_dim, for this device's architecture."""
     rows = TILES[architecture(device), 8 * element_size]
     return dict(next(row for limit, row in rows if head_dim <= limit))
 
@@ -375,8 +375,8 @@ def architecture(device):
         return 90
     if torch.version.hip:
         return "hip"
-    major, minor = torch.cuda.get_device_capability(device)
-    return max((a for a in (80, 90, 100) if a <= 10 * major + minor), default=80)
+    # 12.x has the shared memory of 8.6, not of 10.0
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 @functools.cache
