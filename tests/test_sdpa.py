@@ -1,8 +1,12 @@
 """scaled_dot_product_attention against torch's own samples, and stock torch's service of `attention` against the reference."""
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastattn
@@ -155,3 +159,61 @@ def test_autocast_runs_in_the_autocast_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(q, q, q).dtype == scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
         assert F.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
+
+
+def test_composite_is_differentiable_twice_in_float64():
+    q, k, v = (
+        torch.randn(1, H, S, 4, dtype=torch.double, requires_grad=True) for H, S in ((2, 3), (1, 4), (1, 4))
+    )
+    bias = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+    sinks = torch.randn(2, dtype=torch.double, requires_grad=True)
+
+    def function(q, k, v, bias, sinks):
+        return attention(q, k, v, bias=bias, sinks=sinks, causal="bottom_right", softcap=2.0, return_lse=True)
+
+    assert gradcheck(function, (q, k, v, bias, sinks)) and gradgradcheck(function, (q, k, v, bias, sinks))
+
+
+def test_double_backward_of_a_kernel():
+    q, k, v = heads(1, 2, 5, 16), heads(1, 2, 6, 16), heads(1, 2, 6, 16)
+
+    def second(function):
+        (first,) = torch.autograd.grad(function(q, k, v, is_causal=True).sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (q, k, v))
+
+    with backend.use_backend("triton"):
+        ours = second(scaled_dot_product_attention)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = second(F.scaled_dot_product_attention)
+    for pair in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+
+
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.given(
+    sizes=st.tuples(
+        st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(1, 40)
+    ),
+    order=st.permutations(range(3)),
+    step=st.integers(1, 2),
+    causal=st.sampled_from((False, "top_left", "bottom_right")),
+    window=st.sampled_from((None, (3, 2))),
+)
+def test_any_shape_and_strides(sizes, order, step, causal, window):
+    """q, k and v are views of memory whose leading dims lie in any order, every step-th row of it."""
+    B, H_kv, group, S_q, S_k = sizes
+
+    def view(H, S):
+        shape = (B, H, S * step)
+        memory = torch.randn(*(shape[i] for i in order), 16)
+        return memory.permute(*(order.index(i) for i in range(3)), 3)[:, :, ::step].detach().requires_grad_()
+
+    inputs = view(H_kv * group, S_q), view(H_kv, S_k), view(H_kv, S_k)
+    options = dict(causal=causal, window=window)
+    with backend.use_backend("triton"):
+        ours = attention(*inputs, **options)
+        grads = torch.autograd.grad(ours.sum(), inputs)
+    wanted = reference.attention(*inputs, **options)[0]
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    for pair in zip(grads, torch.autograd.grad(wanted.sum(), inputs), strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)

@@ -26,7 +26,7 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, window=None, softc
     right): inclusive, None = open, around the same aligned position. q_lens, kv_lens (B,): lengths of padded sequences.
     sinks (H,): one more logit of the denominator. dropout_p: of the probabilities, in steps of 1/256 (stock torch: any).
 
-    A row that attends to nothing gives 0 with gradients 0. return_lse adds lse (B, H, S_q), fp32, natural log of the
+    A row that attends to nothing gives 0 with gradients 0. return_lse adds lse (B, H, S_q), fp32 (float64 for such q), natural log of the
     denominator, -inf where it is 0. return_weights adds the probabilities before dropout (B, H, S_q, S_k), in q's dtype.
 
     Raises ValueError, TypeError or IndexError naming the argument. Sources: arXiv 1706.03762 (attention), 2205.14135 and
@@ -366,12 +366,12 @@ def _composite(
         o, lse = reference.attention_varlen(
             q.to(dtype), k.to(dtype), v.to(dtype), cu_seqlens_q, cu_seqlens_k, **named
         )
-        return o.to(q.dtype), lse.float(), None
+        return o.to(q.dtype), lse, None
     bias = bias if bias is None else bias.to(dtype)
     o, lse, weights = reference.attention(
         q.to(dtype), k.to(dtype), v.to(dtype), bias=bias, mask=mask, q_lens=q_lens, kv_lens=kv_lens, **named
     )
-    return o.to(q.dtype), lse.float(), weights.to(q.dtype)
+    return o.to(q.dtype), lse, weights.to(q.dtype)
 
 
 def _torch_attention(q, k, v, extras, options, return_lse, return_weights):
