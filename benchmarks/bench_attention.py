@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from fastattn import functional, reference
+from fastattn import backend, functional, reference
 from fastattn.benchmarks.suite import Case, Work, compiled, package, sdpa_backends
 
 TOKENS, WIDTH = 16384, 2048
@@ -53,7 +53,7 @@ def attention(B, H, S, D, dtype, causal=False, extra=None):
 
     def specification(q, k, v, attn_mask=None):
         given = {} if extra in (None, "dropout") else {extra: attn_mask}
-        seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if p else None
+        seed = backend.draw_seed(q) if p else None
         return reference.attention(q, k, v, causal=causal, dropout_p=p, seed=seed, **given)[0]
 
     item, scores = dtype.itemsize, S * S

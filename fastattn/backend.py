@@ -289,6 +289,14 @@ def distinct(*tensors):
     return seen
 
 
+def draw_seed(t):
+    """Seed and offset of a dropout mask, an int64 tensor (2,) on t's device, from torch's generator.
+
+    Drawn by a stock op outside ours: a recomputation, a CUDA graph and the compiler's partitioner then keep one mask.
+    """
+    return torch.randint(0, 2**63 - 1, (2,), device=t.device)
+
+
 def autocast_devices(op):
     """Device types on which autocast widens the torch op of this name ("softmax.int") to fp32, as its dispatcher knows."""
     return frozenset(

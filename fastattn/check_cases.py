@@ -9,7 +9,6 @@ computes the right thing, within 4 x the error of the specification in the same 
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,25 +18,22 @@ from collections.abc import Callable
 
 import torch
 
-from fastattn import backend, check, functional, reference
+from fastattn import backend, check, cuda, functional, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _seed(x):
-    """The seed as the ops draw it: after the same manual_seed, theirs and this one are equal."""
-    return torch.randint(0, 2**63 - 1, (2,), device=x.device)
-
-
 class Specification:
-    """fastattn.reference behind the signatures of fastattn.functional."""
+    """fastattn.reference behind the signatures of fastattn.functional; after the same manual_seed it draws the ops' seed."""
 
     softmax, log_softmax = reference.softmax, reference.log_softmax
     scaled_masked_softmax = reference.scaled_masked_softmax
     layer_norm, rms_norm = reference.layer_norm, reference.rms_norm
 
     def attention(q, *args, dropout_p=0.0, return_lse=False, return_weights=False, **options):
-        o, lse, weights = reference.attention(q, *args, dropout_p=dropout_p, seed=_seed(q), **options)
+        o, lse, weights = reference.attention(
+            q, *args, dropout_p=dropout_p, seed=backend.draw_seed(q), **options
+        )
         result = (o, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
         return result if len(result) > 1 else o
 
@@ -52,18 +48,18 @@ class Specification:
         return reference.attention(q, k, v, causal=is_causal, **given)[0]
 
     def add_layer_norm(x, *args, prenorm=False, **options):
-        y, r = reference.add_layer_norm(x, *args, seed=_seed(x), **options)
+        y, r = reference.add_layer_norm(x, *args, seed=backend.draw_seed(x), **options)
         return (y, r) if prenorm else y
 
     def add_rms_norm(x, *args, prenorm=False, **options):
-        y, r = reference.add_rms_norm(x, *args, seed=_seed(x), **options)
+        y, r = reference.add_rms_norm(x, *args, seed=backend.draw_seed(x), **options)
         return (y, r) if prenorm else y
 
     def add_positional_encoding(x, *args, **options):
-        return reference.add_positional_encoding(x, *args, seed=_seed(x), **options)
+        return reference.add_positional_encoding(x, *args, seed=backend.draw_seed(x), **options)
 
     def embeddings(ids, table, *args, **options):
-        return reference.embeddings(ids, table, *args, seed=_seed(table), **options)
+        return reference.embeddings(ids, table, *args, seed=backend.draw_seed(table), **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,8 +241,8 @@ def check_all(device, functions, shown):
         columns["triton"] = lambda: run(device, "triton", functions)
     if device.type == "cpu":
         skipped.append("cuda: needs a GPU")
-    elif importlib.util.find_spec("fastattn._C") is None:
-        skipped.append("cuda: the extension is not built")
+    elif (reason := cuda.unavailable()) is not None:
+        skipped.append(f"cuda: {reason}")
     else:
         columns["cuda"] = lambda: run(device, "cuda", functions)
     found = (result for column in columns.values() for result in column())

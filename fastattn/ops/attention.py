@@ -289,8 +289,7 @@ def _launch(chosen, q, k, v, extras, options, return_weights):
     bias, mask, alibi_slopes, sinks, *lengths = extras
     lengths = [t if t is None else t.to(torch.int32) for t in lengths]
     alibi_slopes = alibi_slopes if alibi_slopes is None else alibi_slopes.float()
-    # drawn out here, so that a recomputation, a CUDA graph or the compiler's partitioner keeps one mask
-    seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if options[6] > 0 else None
+    seed = backend.draw_seed(q) if options[6] > 0 else None
     operands = (q, k, v, bias, mask, alibi_slopes, sinks, *lengths, seed)
     if backend.needs_grad(q, k, v, bias, sinks):
         if torch.compiler.is_compiling():
@@ -382,7 +381,7 @@ def _torch_attention(q, k, v, extras, options, return_lse, return_weights):
     if cu_seqlens_q is not None:
         return _torch_varlen(q, k, v, extras, options, return_lse)
     if return_lse or named["softcap"] or sinks is not None or (return_weights and k.shape[1] != q.shape[1]):
-        seed = torch.randint(0, 2**63 - 1, (2,), device=q.device) if dropout_p else None
+        seed = backend.draw_seed(q) if dropout_p else None
         return _composite(q, k, v, *extras, seed, options)
     k, v, attn_mask, is_causal = _stock_mask(q, k, v, extras, named, explicit=return_weights)
     if return_weights:

@@ -82,8 +82,7 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
         r = (residual + F.dropout(x, dropout_p)).to(residual.dtype)
         y = _stock(norm, r, normalized_shape, weight, bias, eps, dtype)
         return (y, r) if prenorm else y
-    # Drawn out here, so that a recomputation, a CUDA graph or the compiler's partitioner keeps one mask.
-    seed = torch.randint(0, 2**63 - 1, (2,), device=x.device) if dropout_p else None
+    seed = backend.draw_seed(x) if dropout_p else None
     rms, eps = norm == "rms_norm", _default_eps(eps, residual)
     rows, residual_rows, weight, bias = _flattened(normalized_shape, x, residual, weight, bias)
     if torch.compiler.is_compiling():

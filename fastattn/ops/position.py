@@ -43,7 +43,7 @@ def add_positional_encoding(x, table=None, *, position_ids=None, offset=0, scale
     if chosen == "torch":
         y = _stock_add(x, table, position_ids, offset, scale)
         return F.dropout(y, dropout_p) if dropout_p else y
-    seed = _draw_seed(x) if dropout_p else None
+    seed = backend.draw_seed(x) if dropout_p else None
     if backend.needs_grad(x, table):
         return _AddPositionalEncoding.apply(x, table, position_ids, seed, offset, scale, dropout_p, chosen)
     return backend.run(
@@ -99,7 +99,7 @@ def embeddings(
     if chosen == "torch":
         y = _stock_embeddings(input_ids, type_ids, position_ids, *tables, eps, padding_idx)
         return F.dropout(y, dropout_p) if dropout_p else y
-    seed = _draw_seed(token_table) if dropout_p else None
+    seed = backend.draw_seed(token_table) if dropout_p else None
     ids = (input_ids, type_ids, position_ids)
     if backend.needs_grad(*tables):
         tensors = (*ids, *tables)
@@ -145,11 +145,6 @@ def _check_ids(name, what, ids, shape, other, rows):
         raise IndexError(
             f"{name}: {what} has values from {low} to {high}; its table has rows 0 .. {rows - 1}"
         )
-
-
-def _draw_seed(x):
-    # Outside our op and by a stock one: CUDA graphs, checkpointing, manual_seed and the partitioner then agree on it.
-    return torch.randint(0, 2**63 - 1, (2,), device=x.device)
 
 
 def _dropout_mask(seed, shape, dropout_p, chosen):
