@@ -2,7 +2,7 @@
 
 An op's public function checks its arguments and asks `choose` for a backend; its autograd.Function then calls its
 launchers through `run`. A launcher is a function of one name in two places, `fastattn.kernels.<op>` (Triton) and
-`fastattn.cuda` (CUDA C++); backend "torch" is the best stock call, written in the op's own file.
+`fastattn.cuda.<op>` (CUDA C++); backend "torch" is the best stock call, written in the op's own file.
 
 Each op says in a sentence why a backend cannot serve a call (`why_not`); the first backend of ORDER with nothing to
 say runs. On a GPU an implementation is only the default once it has been seen right on that architecture (PROVEN, or
@@ -22,7 +22,7 @@ import warnings
 import torch
 
 ORDER = ("cuda", "triton", "torch")
-MODULES = {"cuda": "fastattn.cuda", "triton": "fastattn.kernels."}
+MODULES = {"cuda": "fastattn.cuda.", "triton": "fastattn.kernels."}
 
 # (backend, op) -> compute capabilities on which its tests have passed, with the results file that says so.
 PROVEN: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
@@ -44,7 +44,8 @@ _explaining = False
 def use_backend(name):
     """Force `name` ("cuda", "triton", "torch"; None lifts it) for the process; a call it refuses raises NotImplementedError.
 
-    Triton serves CPU tensors through its interpreter when TRITON_INTERPRET=1 was set before triton was imported.
+    CPU tensors are served for tests: by Triton's interpreter when TRITON_INTERPRET=1 was set before triton was imported,
+    and by the emulated build of the CUDA extension.
     """
     if name is not None and name not in ORDER:
         raise ValueError(f"use_backend: got {name!r}, need one of {', '.join(ORDER)}")
@@ -107,7 +108,7 @@ def _refusal(op, name, why_not, args):
         return _not_written(op, name)
     reason = why_not[name](*args)
     if reason is None and args[0].is_cpu:
-        return "CPU tensors take stock torch unless use_backend asks for the interpreter"
+        return "CPU tensors take stock torch unless use_backend asks for this one"
     return unproven(op, name, args[0].device) if reason is None else reason
 
 
@@ -258,7 +259,7 @@ def run(name, backend, op, *args):
 
 @functools.cache
 def launcher(name, backend, op):
-    module = MODULES[backend] + (op if backend == "triton" else "")
+    module = MODULES[backend] + op
     return getattr(importlib.import_module(module), name)
 
 

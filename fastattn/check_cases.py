@@ -239,9 +239,8 @@ def check_all(device, functions, shown):
         columns["triton"] = lambda: run_interpreted(functions)
     else:
         columns["triton"] = lambda: run(device, "triton", functions)
-    if device.type == "cpu":
-        skipped.append("cuda: needs a GPU")
-    elif (reason := cuda.unavailable()) is not None:
+    reason = cuda.not_emulated() if device.type == "cpu" else cuda.unavailable()
+    if reason is not None:
         skipped.append(f"cuda: {reason}")
     else:
         columns["cuda"] = lambda: run(device, "cuda", functions)

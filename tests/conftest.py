@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from fastattn import cuda
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
@@ -27,6 +29,16 @@ if DEVICE == "cpu":
 @pytest.fixture
 def device():
     return DEVICE
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def fused(request):
+    """Each fused backend: on CPU tensors Triton's interpreter and the emulated build of the CUDA sources."""
+    if request.param == "cuda":
+        reason = cuda.not_emulated() if DEVICE == "cpu" else cuda.unavailable()
+        if reason:
+            pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

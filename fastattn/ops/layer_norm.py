@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend, cuda, reference
+from fastattn import backend, reference
+from fastattn.cuda.layer_norm import layer_norm_why_not
 
 OP = "layer_norm"
 WIDENED = {name: backend.autocast_devices(name) for name in ("layer_norm", "rms_norm")}
@@ -279,4 +280,4 @@ def _triton_why_not(x, weight, bias, dtype, residual=None):
 WHY_NOT = {
     name: {"triton": _triton_why_not} for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 }
-WHY_NOT["layer_norm"]["cuda"] = cuda.layer_norm_why_not
+WHY_NOT["layer_norm"]["cuda"] = layer_norm_why_not

@@ -1,6 +1,7 @@
-"""Backend "cuda": launchers of the compiled extension `fastattn._C`, and why it cannot serve a call.
+"""Backend "cuda": finds the compiled extension, and says why it cannot serve a call. The launchers are in <op>.py beside this.
 
-The extension reads tensors by itself and launches on torch's current stream; what it writes to is allocated here.
+`fastattn._C` serves GPU tensors. `fastattn._C_emulated` is the same sources compiled for the CPU, where one fiber runs
+each CUDA thread: it serves CPU tensors, for tests (FASTATTN_CUDA=emulated python setup.py build_ext --inplace).
 """
 
 import functools
@@ -12,19 +13,35 @@ from fastattn import backend
 
 
 @functools.cache
-def extension():
+def extension(name="_C"):
     """The compiled module, or the reason it cannot be imported, as a sentence."""
     try:
-        return importlib.import_module("fastattn._C")
+        return importlib.import_module(f"fastattn.{name}")
     except ModuleNotFoundError:
         return "the CUDA extension is not built (reinstall fastattn with nvcc on PATH, or FASTATTN_CUDA=1 to see why not)"
     except ImportError as e:
         return f"the CUDA extension does not load: {e}"
 
 
+def module(t):
+    """The compiled module that serves tensors where t is."""
+    return extension("_C_emulated" if t.is_cpu else "_C")
+
+
+@functools.cache
+def sm_count(device):
+    """Multiprocessors of a tensor's device: what a persistent grid is sized by."""
+    return extension("_C_emulated" if device.type == "cpu" else "_C").sm_count(device.index or 0)
+
+
 def unavailable():
-    """Why this process cannot use the extension at all, or None."""
+    """Why this process cannot use the extension on any GPU, or None."""
     return _unavailable()
+
+
+def not_emulated():
+    """Why CPU tensors cannot be served, or None."""
+    return _not_emulated()
 
 
 @functools.cache
@@ -41,6 +58,16 @@ def _unavailable():
         return f"the driver supports CUDA {_version(driver)} and the extension needs {_version(needed)}: update the driver"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    return None
+
+
+@functools.cache
+def _not_emulated():
+    if isinstance(extension("_C_emulated"), str):
+        return (
+            "the tensors are on the CPU, which takes the emulated build of the extension "
+            "(FASTATTN_CUDA=emulated python setup.py build_ext --inplace)"
+        )
     return None
 
 
@@ -64,15 +91,18 @@ def device_refusal(index):
 
 # Dynamo, which cannot trace imports, takes their answers as they are. The decorator that sets this mark,
 # torch.compiler.assume_constant_result, would import all of Dynamo here: 2 s.
-unavailable._dynamo_marked_constant = device_refusal._dynamo_marked_constant = True
+for _constant in (unavailable, not_emulated, device_refusal):
+    _constant._dynamo_marked_constant = True
 
 
 def why_not(*tensors):
     """What every launch needs of its tensors (None entries are skipped; the first one's device counts)."""
+    device = tensors[0].device
+    if device.type == "cpu":
+        return not_emulated() or backend.plain_why_not(*tensors)
     reason = unavailable() or backend.plain_why_not(*tensors)
     if reason is not None:
         return reason
-    device = tensors[0].device
     if device.type != "cuda":
         return f"the tensors are on {device}, the extension runs on NVIDIA GPUs"
     return device_refusal(device.index)
@@ -88,33 +118,3 @@ def warmup(device=None):
         extension().prepare(
             torch.cuda.current_device() if device is None else torch.device(device).index or 0
         )
-
-
-def layer_norm_why_not(x, weight, bias, dtype, residual=None):
-    """Beyond `why_not`: y in x's dtype; weight and bias of one dtype, x's or float32, and contiguous."""
-    reason = why_not(x, weight, bias)
-    if reason is not None:
-        return reason
-    if dtype != x.dtype:
-        return f"the result is wanted in {dtype}, only x's own {x.dtype} is written"
-    parameters = [t for t in (weight, bias) if t is not None]
-    dtypes = {t.dtype for t in parameters}
-    if len(dtypes) > 1 or dtypes - {x.dtype, torch.float32}:
-        return f"weight and bias are {' and '.join(map(str, dtypes))}, must both be {x.dtype} or both torch.float32"
-    if not all(t.is_contiguous() for t in parameters):
-        return "weight and bias must be contiguous"
-    return None
-
-
-def layer_norm_fwd(x, weight, bias, eps, rms=False, dtype=None):
-    """LayerNorm of the rows of x (..., N), of any strides -> y like x, contiguous, mean (M,), rstd (M,) in fp32.
-
-    rms and dtype are the op's; layer_norm_why_not has refused all but False and x's dtype.
-    """
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows = (
-        x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    )  # a copy where the leading dims do not merge
-    mean, rstd = x.new_empty((2, rows.shape[0]), dtype=torch.float32).unbind()
-    extension().layer_norm_fwd(rows, weight, bias, y.view(rows.shape), mean, rstd, eps)
-    return y, mean, rstd
