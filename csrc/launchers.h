@@ -1,9 +1,30 @@
 // What bindings.cpp calls: one launcher a kernel file, plain pointers and a stream in, a cudaError_t out.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 enum Dtype : int { kFloat32, kFloat16, kBFloat16 };
+
+// The rows of a tensor (..., N): row m starts at m / inner * stride_outer + m % inner * stride_inner, its column n lies
+// n * stride_n further. Leading dims that lie evenly in memory are one; inner is 1 where all are. Strides in elements.
+struct Rows {
+    int64_t inner, stride_outer, stride_inner, stride_n;
+};
+
+// Dropout of a row op: `seed` points to two int64 on the device, seed and offset; null where nothing is dropped.
+// An element stays, times rescale, where its 16 random bits are not below threshold.
+struct RowDropout {
+    const int64_t* seed;
+    uint32_t threshold;
+    float rescale;
+};
+
+// For a probability in [0, 1], which is rounded to a multiple of 2^-16, halves to even.
+inline RowDropout row_dropout(const int64_t* seed, double p) {
+    const auto k = static_cast<uint32_t>(std::nearbyint(p * 65536.0));
+    return {seed, k, k < 65536 ? static_cast<float>(65536.0 / (65536 - k)) : 0.0f};
+}
 
 extern "C" {
 

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "launchers.h"
+
 #define SMEM_ARRAY(T, name, dims) __shared__ T name dims
 #define SMEM_DYN(name, align) extern __shared__ __align__(align) unsigned char name[]
 // Evaluates to the launch's own error code.
@@ -48,19 +50,70 @@ __device__ void store(T* to, const float (&from)[kVec]) {
     *reinterpret_cast<Vec<T, kVec>*>(to) = vec;
 }
 
-// The sum over a group of kThreads threads, a warp or the whole block, in an order that never varies.
+// As load and store, at element `at` of an array of T or, where `wide`, of float: the dtype of what stands beside x. A
+// branch around whole loops of them keeps the loads of one loop in flight together.
+template <typename T, int kVec>
+__device__ void load_either(const void* from, bool wide, int64_t at, float (&to)[kVec]) {
+    if (wide)
+        load<kVec>(static_cast<const float*>(from) + at, to);
+    else
+        load<kVec>(static_cast<const T*>(from) + at, to);
+}
+
+template <typename T, int kVec>
+__device__ void store_either(void* to, bool wide, int64_t at, const float (&from)[kVec]) {
+    if (wide)
+        store<kVec>(static_cast<float*>(to) + at, from);
+    else
+        store<kVec>(static_cast<T*>(to) + at, from);
+}
+
+// Folds each of kCount values over groups of kThreads neighbouring threads: a power of two up to a warp, or else the
+// whole block. All threads take part and get the result, the same bits in each, in an order that never varies; `op` must
+// commute.
+template <int kThreads, int kCount, typename Op>
+__device__ void group_reduce(float (&v)[kCount], Op op) {
+#pragma unroll
+    for (int step = (kThreads < 32 ? kThreads : 32) / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int i = 0; i < kCount; i++) v[i] = op(v[i], __shfl_xor_sync(0xffffffffu, v[i], step));
+    if constexpr (kThreads > 32) {
+        constexpr int kMost = 4;
+        static_assert(kCount <= kMost && kThreads <= 1024 && kThreads % 32 == 0);
+        SMEM_ARRAY(float, sPart, [kMost][32]);
+        if (threadIdx.x % 32 == 0)
+            for (int i = 0; i < kCount; i++) sPart[i][threadIdx.x / 32] = v[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kCount; i++) {
+            v[i] = sPart[i][0];
+#pragma unroll
+            for (int warp = 1; warp < kThreads / 32; warp++) v[i] = op(v[i], sPart[i][warp]);
+        }
+        __syncthreads();  // sPart is free for the next one
+    }
+}
+
+template <int kThreads, int kCount>
+__device__ void group_sum(float (&v)[kCount]) {
+    group_reduce<kThreads>(v, [](float a, float b) { return a + b; });
+}
+
 template <int kThreads>
 __device__ float group_sum(float v) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-    if constexpr (kThreads > 32) {
-        SMEM_ARRAY(float, sPart, [kThreads / 32]);
-        if (threadIdx.x % 32 == 0) sPart[threadIdx.x / 32] = v;
-        __syncthreads();
-        v = 0;
-#pragma unroll
-        for (int warp = 0; warp < kThreads / 32; warp++) v += sPart[warp];
-        __syncthreads();  // sPart is free for the next sum
-    }
-    return v;
+    float one[] = {v};
+    group_sum<kThreads>(one);
+    return one[0];
+}
+
+// Where row m of a tensor starts, in elements.
+__device__ inline int64_t row_start(const Rows& rows, int64_t m) {
+    if (rows.inner == 1) return m * rows.stride_outer;
+    return m / rows.inner * rows.stride_outer + m % rows.inner * rows.stride_inner;
+}
+
+// Whether vectors of kBytes can be moved from here.
+template <int kBytes = 16>
+bool aligned(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % kBytes == 0;
 }
