@@ -40,6 +40,28 @@ py::dict describe(py::handle object) {
     return d;
 }
 
+// Whether the tensors (Nones left out) are plain memory on one device that this build serves, floating ones of a dtype it
+// knows: what backend.plain_why_not says in sentences, in a tenth of the time.
+bool plain(const py::args& tensors) {
+    const Torch& torch = Torch::get();
+    int32_t device = -1;
+    for (py::handle object : tensors) {
+        if (object.is_none()) continue;
+        const PyTypeObject* type = Py_TYPE(object.ptr());
+        DlpackTensor t;
+        if (type != torch.tensor && type != torch.parameter) return false;
+        if (torch.exchange->read(object.ptr(), &t) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        if (t.device_type != kDevice || (device >= 0 && t.device_index != device)) return false;
+        device = t.device_index;
+        const bool floating = t.type_code == 2 || t.type_code == 4;
+        if (t.lanes != 1 || t.type_code == 5 || (floating && t.bits != 16 && t.bits != 32)) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 #ifdef FASTATTN_EMULATION
@@ -129,6 +151,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("runtime_version") = CUDART_VERSION;
     m.def("prepare", &prepare, py::arg("device"));
     m.def("sm_count", &sm_count, py::arg("device"));
+    m.def("plain", &plain);
     m.def("describe", &describe, py::arg("tensor"));
     bind_layer_norm(m);
 }

@@ -27,6 +27,18 @@ MODULES = {"cuda": "fastattn.cuda.", "triton": "fastattn.kernels."}
 # (backend, op) -> compute capabilities on which its tests have passed, with the results file that says so.
 PROVEN: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
 
+# Who is asked first: the first row that fits a call, by op, dtype, the elements it writes and its row length N (both
+# ranges include their ends; None fits everything). `measured` names the results file behind a row. None is a guess that
+# stands until a GPU has spoken: small calls wait for the host, where a compiled launch costs 2 us and Triton's 13 to
+# 15, and rows beyond 32k columns do not fit into one program's registers.
+Row = collections.namedtuple("Row", "ops dtypes elements N order measured")
+ROW_OPS = ("softmax", "log_softmax", "scaled_masked_softmax", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "position")  # fmt: skip
+ROWS = (
+    Row(ROW_OPS, None, (0, 2**22), None, ("cuda", "triton", "torch"), None),
+    Row(ROW_OPS, None, None, (2**15 + 1, 2**62), ("cuda", "triton", "torch"), None),
+    Row(ROW_OPS, None, None, None, ("triton", "cuda", "torch"), None),
+)
+
 calls: collections.Counter = collections.Counter()  # (op, backend) -> eager calls in this process
 debug = False  # True also checks ids, lengths and offsets that lie on a GPU, which synchronises
 
@@ -57,15 +69,16 @@ def use_backend(name):
         _forced = previous
 
 
-def choose(op, why_not, *args, inductor_fuses=False):
+def choose(op, why_not, *args, N=None, inductor_fuses=False):
     """The backend for this call. `why_not` maps "cuda" and "triton" to functions of `args` that give a sentence or None.
 
-    `args[0]` is a tensor and says the device. `inductor_fuses`: under torch.compile the stock op is the better choice,
-    because Inductor fuses it into its neighbours.
+    `args[0]` is a tensor and says the device and, where the row length N is given, dtype and size for ROWS.
+    `inductor_fuses`: under torch.compile the stock op is the better choice, because Inductor fuses it into its neighbours.
     """
     forced = _forced
     if _explaining:
-        raise _Explained(op, {name: _refusal(op, name, why_not, args) for name in ORDER})
+        order = _order(op, args[0], N)
+        raise _Explained(op, {name: _refusal(op, name, why_not, args) for name in order})
     if forced is not None:
         reason = why_not[forced](*args) if forced in why_not else _not_written(op, forced)
         if reason is not None:
@@ -74,7 +87,7 @@ def choose(op, why_not, *args, inductor_fuses=False):
     elif args[0].is_cpu or (inductor_fuses and torch.compiler.is_compiling()):
         chosen = "torch"
     else:
-        chosen = _first_willing(op, why_not, args)
+        chosen = _first_willing(op, why_not, args, _order(op, args[0], N))
     if not torch.compiler.is_compiling():
         calls[op, chosen] += 1
     return chosen
@@ -88,9 +101,31 @@ def stock_only(op, t):
     return certain
 
 
-def _first_willing(op, why_not, args):
+def _order(op, t, N):
+    if N is None:
+        return ORDER
+    return (preferred if torch.compiler.is_compiling() else _preferred)(op, t.dtype, t.numel(), N)
+
+
+def preferred(op, dtype, elements, N):
+    """The backends in the order of the first of ROWS that fits; ORDER where none does."""
+    for row in ROWS:
+        if (
+            op in row.ops
+            and (row.dtypes is None or dtype in row.dtypes)
+            and (row.elements is None or row.elements[0] <= elements <= row.elements[1])
+            and (row.N is None or row.N[0] <= N <= row.N[1])
+        ):
+            return row.order
+    return ORDER
+
+
+_preferred = functools.lru_cache(maxsize=4096)(preferred)
+
+
+def _first_willing(op, why_not, args, order):
     reasons = {}
-    for name in ORDER:
+    for name in order:
         reasons[name] = _refusal(op, name, why_not, args)
         if reasons[name] is None:
             break
@@ -140,19 +175,22 @@ def explain(function, *args, **kwargs):
     lines = [
         f"{op}, {name}: {'refused, ' + reason if reason else 'serves'}" for name, reason in reasons.items()
     ]
-    chosen = _forced or next(name for name in ORDER if reasons[name] is None)
+    chosen = _forced or next(name for name in reasons if reasons[name] is None)
     return "\n".join([f"{op}: {chosen} runs", *lines])
 
 
 def unproven(op, name, device):
     """A sentence unless `name` has been seen computing `op` right on this device's architecture."""
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if capability in PROVEN.get((name, op), {}) or op in verdict(device).get(name, ()):
         return None
     return (
         f"never seen right on compute capability {capability[0]}.{capability[1]}; "
         f"`fastattn check` verifies this card, use_backend({name!r}) runs it now"
     )
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)  # which takes a microsecond
 
 
 def verdict_path():
@@ -187,7 +225,7 @@ def interpreting():
 
 _find_triton = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
 _ask_triton = functools.cache(lambda: importlib.import_module("triton").knobs.runtime.interpret)
-for _constant in (triton_found, interpreting):
+for _constant in (triton_found, interpreting, unproven):
     # Dynamo calls these and keeps the answer; torch.compiler.assume_constant_result, which says so, imports all of Dynamo
     _constant._dynamo_marked_constant = True
 
@@ -195,14 +233,20 @@ for _constant in (triton_found, interpreting):
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def transform_why_not():
+    """Why no kernel may run now, whatever its tensors, or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform (vmap, grad, jvp), which needs stock ops"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, which needs stock ops"
+    return None
+
+
 def plain_why_not(*tensors):
     """What every fused launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
     compiling = torch.compiler.is_compiling()
-    if not compiling:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "inside a torch.func transform (vmap, grad, jvp), which needs stock ops"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation is on, which needs stock ops"
+    if not compiling and (reason := transform_why_not()) is not None:
+        return reason
     first = tensors[0]
     for t in tensors:
         if t is None:
@@ -309,9 +353,9 @@ def autocast_devices(op):
 
 def autocast_dtype(devices, x):
     """The dtype in which torch's op returns its result for x: fp32 under an autocast that widens it, else x's own."""
-    device = x.device.type
-    if device in devices and torch.is_autocast_enabled(device) and x.dtype in TRITON_DTYPES:
-        return torch.float32
+    if devices and (device := x.device.type) in devices:
+        if torch.is_autocast_enabled(device) and x.dtype in TRITON_DTYPES:
+            return torch.float32
     return x.dtype
 
 

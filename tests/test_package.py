@@ -183,7 +183,7 @@ assert torch.equal(fastattn.functional.layer_norm(x, (8,)), torch.nn.functional.
 print(fastattn.explain(fastattn.functional.layer_norm, x, (8,)))
 """
     text = python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
-    assert "cuda: refused, the CUDA extension is not built" in text
+    assert "cuda: refused, the tensors are on the CPU, which takes the emulated build" in text
     assert "triton: refused, triton is not installed" in text
 
 

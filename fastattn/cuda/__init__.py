@@ -97,15 +97,25 @@ for _constant in (unavailable, not_emulated, device_refusal):
 
 def why_not(*tensors):
     """What every launch needs of its tensors (None entries are skipped; the first one's device counts)."""
-    device = tensors[0].device
-    if device.type == "cpu":
-        return not_emulated() or backend.plain_why_not(*tensors)
-    reason = unavailable() or backend.plain_why_not(*tensors)
-    if reason is not None:
+    first = tensors[0]
+    reason = not_emulated() if first.is_cpu else unavailable()
+    if reason is None and not _plain(first, tensors):
+        reason = backend.plain_why_not(*tensors)
+        if reason is None and not (first.is_cpu or first.is_cuda):
+            reason = f"the tensors are on {first.device}, the extension runs on NVIDIA GPUs"
+    if reason is not None or first.is_cpu:
         return reason
-    if device.type != "cuda":
-        return f"the tensors are on {device}, the extension runs on NVIDIA GPUs"
-    return device_refusal(device.index)
+    return device_refusal(first.device.index)
+
+
+def _plain(first, tensors):
+    """backend.plain_why_not(*tensors) is None, found out in a fraction of its time; False where that cannot be."""
+    if torch.compiler.is_compiling() or backend.transform_why_not() is not None:
+        return False
+    for t in tensors:
+        if t is not None and t.is_neg():
+            return False
+    return module(first).plain(*tensors)
 
 
 def warmup(device=None):

@@ -54,7 +54,8 @@ def add_rms_norm(x, residual, normalized_shape, weight=None, eps=None, *, dropou
 def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
     normalized_shape = _checked(name, x, normalized_shape, weight, bias, out_dtype)
     dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[name], x)
-    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, inductor_fuses=True)
+    N = math.prod(normalized_shape)
+    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, N=N, inductor_fuses=True)
     if chosen == "torch":
         return _stock(name, x, normalized_shape, weight, bias, eps, dtype)
     rms, eps = name == "rms_norm", _default_eps(eps, x)
@@ -78,7 +79,8 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}, must lie in [0, 1]")
     dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[norm], x)
-    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, residual)
+    N = math.prod(normalized_shape)
+    chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, residual, N=N)
     if chosen == "torch":
         r = (residual + F.dropout(x, dropout_p)).to(residual.dtype)
         y = _stock(norm, r, normalized_shape, weight, bias, eps, dtype)
@@ -99,12 +101,12 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
 def _checked(name, x, normalized_shape, weight, bias, out_dtype):
     """normalized_shape as a tuple, under the conditions of torch's functions."""
     normalized_shape = tuple(normalized_shape)
-    if not normalized_shape or tuple(x.shape[-len(normalized_shape) :]) != normalized_shape:
+    if not normalized_shape or x.shape[-len(normalized_shape) :] != normalized_shape:
         raise RuntimeError(
             f"{name}: normalized_shape {normalized_shape} must be x's last dims; x is {tuple(x.shape)}"
         )
     for what, t in (("weight", weight), ("bias", bias)):
-        if t is not None and tuple(t.shape) != normalized_shape:
+        if t is not None and t.shape != normalized_shape:
             raise RuntimeError(
                 f"{name}: {what} is {tuple(t.shape)}, must be normalized_shape {normalized_shape}"
             )
