@@ -89,6 +89,18 @@ def test_refuses_functorch(transform):
         getattr(torch.func, transform)(f)(BASE)
 
 
+@pytest.mark.skipif(cuda.not_emulated() is not None, reason="needs the emulated build")
+def test_plain_agrees_with_the_sentences():
+    """The quick answer is yes only where the long one finds nothing to say."""
+    plain = cuda.module(BASE).plain
+    assert plain(BASE, None, torch.nn.Parameter(BASE), torch.zeros(2, dtype=torch.int64), BASE.half())
+    others = [make() for make, _ in REFUSED.values()] + [BASE.double(), BASE.to(torch.complex64)]
+    for other in others:
+        assert other is None or not plain(BASE, other)
+    negative = torch.ones(3, dtype=torch.complex64).conj().imag
+    assert not cuda._plain(BASE, (BASE, negative)) and cuda._plain(BASE, (BASE, BASE[0]))
+
+
 def test_names_the_wrong_argument():
     y, statistics = torch.empty_like(BASE), torch.empty(4)
     with pytest.raises(
@@ -146,6 +158,7 @@ def test_launcher_allocates_what_the_extension_fills(monkeypatch):
 def test_layer_norm_refuses_in_a_sentence(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "not_emulated", lambda: None)
+    monkeypatch.setattr(cuda, "_plain", lambda *_: False)
     assert "runs on NVIDIA GPUs" in layer_norm_why_not(BASE.to("meta"), None, None, BASE.dtype)
     assert "torch.float64" in layer_norm_why_not(BASE.double(), None, None, torch.float64)
     monkeypatch.setattr(cuda, "why_not", lambda *tensors: None)
