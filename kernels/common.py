@@ -1,4 +1,4 @@
-"""What several Triton kernels share: the dropout of the row ops.
+"""What several Triton kernels share: rows of any strides, second-stage sums, and the dropout of the row ops.
 
     draw[m, n] >= k keeps x[m, n] * 2^16 / (2^16 - k), else 0;  k = round(p * 2^16)
 
@@ -7,8 +7,55 @@ draw is 16 bits of Philox4x32-7 (Salmon et al., SC 2011). One call serves the co
 word w. Nothing depends on tiles or strides, so the backward pass draws the same mask and none is stored.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+
+def rows_of(x):
+    """x (..., N) with where its row m starts, m // inner * stride_outer + m % inner * stride_inner, and its column stride.
+
+    Returns (x, (inner, stride_outer, stride_inner, stride_n)). Leading dims that lie evenly merge into one.
+    """
+    N = x.shape[-1]
+    if x.is_contiguous():
+        return x, (1, N, 0, 1)
+    uneven = []  # (size, stride), innermost first
+    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+        if uneven and stride == uneven[-1][0] * uneven[-1][1]:
+            uneven[-1] = (size * uneven[-1][0], uneven[-1][1])
+        elif size > 1:
+            uneven.append((size, stride))
+    stride_n = x.stride(-1) if N > 1 else 1
+    if (
+        len(uneven) > 2
+    ):  # three leading dims and more, none of which merge: too many divisions a row, so a copy
+        return x.contiguous(), (1, N, 0, 1)
+    if len(uneven) == 2:
+        return x, (uneven[0][0], uneven[1][1], uneven[0][1], stride_n)
+    return x, (1, uneven[0][1] if uneven else 0, 0, stride_n)
+
+
+def multiprocessors(x):
+    """How many programs fill the device once; a few where the interpreter runs."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+@triton.jit
+def row_offsets(rows, inner, stride_outer, stride_inner):
+    """Where rows (int64) start in a tensor of two leading dims; one of evenly spaced rows has inner = 1."""
+    return (rows // inner * stride_outer + rows % inner * stride_inner)[:, None]
+
+
+@triton.jit
+def sum_partials(partial_ptr, out_ptr, offs_n, G, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The G rows of fp32 partial sums (G, N) at columns offs_n, added in a fixed order and cast to out_ptr's dtype."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, G, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = (rows < G)[:, None] & (offs_n < N)[None, :]
+        acc += tl.load(partial_ptr + (rows * N)[:, None] + offs_n[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + offs_n, tl.sum(acc, axis=0), mask=offs_n < N)
 
 
 def row_dropout_scalars(p):

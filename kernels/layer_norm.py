@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import row_dropout, row_dropout_scalars
+from .common import multiprocessors, row_dropout, row_dropout_scalars, row_offsets, rows_of, sum_partials
 
 # Rows (largest N, dict): TILE elements a program, so TILE // next_power_of_2(N) rows of it. The rows come from register
 # counts (32 values a thread forward, 16 backward, four arrays of them) and a warp a row up to N = 1024; none has been
@@ -44,12 +44,6 @@ BACKWARD_LOOPED = dict(TILE=8192, num_warps=16)
 COLUMNS = dict(BLOCK_M=32, BLOCK_N=128, num_warps=8)
 PARTIAL_SUM = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4)
 # fmt: on
-
-
-@triton.jit
-def row_offsets(rows, inner, stride_outer, stride_inner):
-    """Where rows (int64) start in a tensor of two leading dims; one of evenly spaced rows has inner = 1."""
-    return (rows // inner * stride_outer + rows % inner * stride_inner)[:, None]
 
 
 @triton.jit
@@ -285,16 +279,6 @@ def layer_norm_bwd_columns_kernel(
         tl.store(dbias_ptr + offs_n, tl.sum(dbias, axis=0), mask=offs_n < N)
 
 
-@triton.jit
-def sum_partials(partial_ptr, out_ptr, offs_n, G, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, G, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        mask = (rows < G)[:, None] & (offs_n < N)[None, :]
-        acc += tl.load(partial_ptr + (rows * N)[:, None] + offs_n[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + offs_n, tl.sum(acc, axis=0), mask=offs_n < N)
-
-
 @triton.jit(do_not_specialize=["G"])
 def layer_norm_bwd_partials_kernel(
     partial_dweight_ptr, partial_dbias_ptr, dweight_ptr, dbias_ptr, G, N,
@@ -308,30 +292,6 @@ def layer_norm_bwd_partials_kernel(
         sum_partials(partial_dbias_ptr, dbias_ptr, offs_n, G, N, BLOCK_M, BLOCK_N)
 
 
-def rows_of(x):
-    """x (..., N) with where its row m starts, m // inner * stride_outer + m % inner * stride_inner, and its column stride.
-
-    Returns (x, (inner, stride_outer, stride_inner, stride_n)). Leading dims that lie evenly merge into one.
-    """
-    N = x.shape[-1]
-    if x.is_contiguous():
-        return x, (1, N, 0, 1)
-    uneven = []  # (size, stride), innermost first
-    for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
-        if uneven and stride == uneven[-1][0] * uneven[-1][1]:
-            uneven[-1] = (size * uneven[-1][0], uneven[-1][1])
-        elif size > 1:
-            uneven.append((size, stride))
-    stride_n = x.stride(-1) if N > 1 else 1
-    if (
-        len(uneven) > 2
-    ):  # three leading dims and more, none of which merge: too many divisions a row, so a copy
-        return x.contiguous(), (1, N, 0, 1)
-    if len(uneven) == 2:
-        return x, (uneven[0][0], uneven[1][1], uneven[0][1], stride_n)
-    return x, (1, uneven[0][1] if uneven else 0, 0, stride_n)
-
-
 def row_groups(table, looped, N):
     """Whether N is beyond the table, then its row as kernel options: BLOCK_M, BLOCK_N, num_warps (and PROGRAMS)."""
     config = dict(next((config for limit, config in table if N <= limit), looped))
@@ -340,11 +300,6 @@ def row_groups(table, looped, N):
         return dict(config, LOOPED=True, BLOCK_M=1, BLOCK_N=tile)
     block_n = max(block_n, 8)  # row_dropout draws for 8 columns at a time
     return dict(config, LOOPED=False, BLOCK_M=max(1, tile // block_n), BLOCK_N=block_n)
-
-
-def multiprocessors(x):
-    """How many programs fill the device once; a few where the interpreter runs."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
 def layer_norm_fwd(x, weight, bias, eps, rms, dtype):
