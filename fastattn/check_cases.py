@@ -28,7 +28,7 @@ class Specification:
 
     softmax, log_softmax = reference.softmax, reference.log_softmax
     scaled_masked_softmax = reference.scaled_masked_softmax
-    layer_norm, rms_norm = reference.layer_norm, reference.rms_norm
+    layer_norm, rms_norm, bias_gelu = reference.layer_norm, reference.rms_norm, reference.bias_gelu
 
     def attention(q, *args, dropout_p=0.0, return_lse=False, return_weights=False, **options):
         o, lse, weights = reference.attention(
@@ -112,6 +112,8 @@ CASES = (
          lambda f, x, r, w, b: f.add_layer_norm(x, r, (96,), w, b)),
     Case("add_rms_norm", "pre-norm", lambda: (torch.randn(9, 96), torch.randn(9, 96), torch.randn(96)),
          lambda f, x, r, w: f.add_rms_norm(x, r, (96,), w, 1e-6, prenorm=True)),
+    Case("bias_gelu", "erf, bias", lambda: (torch.randn(9, 600), torch.randn(600)), lambda f, x, b: f.bias_gelu(x, b)),
+    Case("bias_gelu", "tanh, no bias", lambda: (3 * torch.randn(2, 5, 96),), lambda f, x: f.bias_gelu(x, approximate="tanh")),
     Case("add_positional_encoding", "sinusoidal, scale", lambda: (torch.randn(2, 11, 96),),
          lambda f, x: f.add_positional_encoding(x, offset=3, scale=96**0.5)),
     Case("add_positional_encoding", "table, ids, dropout", lambda: (torch.randn(2, 11, 96), torch.randn(20, 96), torch.randint(20, (2, 11))),

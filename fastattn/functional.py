@@ -2,6 +2,7 @@
 
 from fastattn.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastattn.ops.attention_decode import attention_decode
+from fastattn.ops.bias_gelu import bias_gelu
 from fastattn.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.position import add_positional_encoding, embeddings
 from fastattn.ops.softmax import log_softmax, scaled_masked_softmax, softmax
@@ -13,6 +14,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "bias_gelu",
     "embeddings",
     "layer_norm",
     "log_softmax",

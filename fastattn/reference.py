@@ -226,6 +226,14 @@ def add_rms_norm(x, residual, normalized_shape, weight=None, eps=None, **options
     return add_norm(rms_norm, x, residual, normalized_shape, weight, eps, **options)
 
 
+def bias_gelu(x, bias=None, approximate="none"):
+    """h Phi(h) of h = x + bias, Phi the normal distribution's, or its tanh approximation (arXiv 1606.08415)."""
+    h = x if bias is None else x + bias
+    if approximate == "tanh":
+        return h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))) / 2
+    return h * torch.special.ndtr(h)
+
+
 def sinusoidal(position_ids, C, dtype=torch.float64):
     """PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(same): "Attention Is All You Need", section 3.5."""
     i = torch.arange(C, dtype=torch.float64, device=position_ids.device)

@@ -283,6 +283,10 @@ def shipped_calls():
         calls.append(
             ["layer_norm.add_layer_norm_fwd", x, x, w, w, None, 1e-5, 0.0, False, True, {"dtype": "b"}]
         )
+    for letter, tanh in (("b", False), ("b", True), ("f", False)):
+        x, b = tensor(letter, 8192, 3072), tensor("f", 3072)
+        calls.append(["bias_gelu.bias_gelu_fwd", x, b, tanh])
+        calls.append(["bias_gelu.bias_gelu_bwd", x, x, b, tanh, True])
     for N in widths(softmax.FORWARD, softmax.BACKWARD):
         x = tensor("b", 8192, N)
         calls.append(["softmax.softmax_fwd", x, -1, False, {"dtype": "b"}])

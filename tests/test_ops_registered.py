@@ -45,6 +45,7 @@ CASES = {
         lambda x, r, w: f.add_rms_norm(x, r, w.shape, w, prenorm=True),
         lambda S: (floats(2, S, 24), floats(2, S, 24), floats(24)),
     ),
+    "bias_gelu": (lambda x, b: f.bias_gelu(x, b, "tanh"), lambda S: (floats(2, S, 24), floats(24))),
     "softmax": (lambda x: f.softmax(x, -1), lambda S: (floats(2, S, 24),)),
     "log_softmax": (lambda x: f.log_softmax(x, -1), lambda S: (floats(2, S, 24),)),
     "scaled_masked_softmax": (

@@ -97,7 +97,7 @@ def test_hot_loops_do_not_touch_local_memory(shipped):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["softmax_fwd", "softmax_bwd", "layer_norm_fwd", "add_positional_encoding"]
+    "kernel", ["softmax_fwd", "softmax_bwd", "layer_norm_fwd", "bias_gelu_fwd", "add_positional_encoding"]
 )
 def test_rows_move_in_16_byte_accesses(census, kernel):
     rows = {key: row for key, row in census.items() if key.startswith(kernel)}

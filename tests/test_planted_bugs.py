@@ -45,6 +45,11 @@ def norm():
     )  # fmt: skip
 
 
+def activation():
+    x, b = grads(5, 300), grads(300)
+    return check.check(functional.bias_gelu, reference.bias_gelu, (x, b))
+
+
 def soft():
     return check.check(
         lambda x: functional.softmax(x, -1), lambda x: reference.softmax(x, -1), (grads(5, 300),)
@@ -77,6 +82,8 @@ PLANTED = [
      grouped_attention),
     ("layer_norm", "variance of N - 1", "/ N + eps", "/ (N - 1) + eps", norm),
     ("layer_norm", "mean of the gradient kept", "dx -= (tl.sum(g, axis=1) / N)[:, None]", "dx -= 0.0", norm),
+    ("bias_gelu", "bell of another base", "tl.exp2(h * h", "tl.exp(h * h", activation),
+    ("bias_gelu", "gradient without the bell", "dx = dy * (g + h * slope)", "dx = dy * g", activation),
     ("softmax", "walked sum not rescaled", "denom * tl.exp(m - finite) +", "denom +", wide_softmax),
     ("softmax", "gradient without its sum", "y * (dy - total[:, None])", "y * dy", soft),
     ("position", "sine for cosine", "odd = (quarter & 1) != 0", "odd = (quarter & 1) == 0", sinusoids),
