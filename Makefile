@@ -20,13 +20,13 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 found = $(PY) -c "import $(1)" 2>/dev/null
 skip = echo "make $@: skipped, $(1)"
 
-.PHONY: bench test gpu matrix lint extension
+.PHONY: bench test gpu matrix lint extension emulated
 
 bench: extension
 	@if ! $(call found,typer); then $(call skip,$(PY) has no typer); \
 	else $(PY) -m fastattn.cli bench $(ARGS); fi
 
-test: extension $(SECOND_TRITON)
+test: emulated $(SECOND_TRITON)
 	@if ! $(call found,pytest); then $(call skip,$(PY) has no pytest); \
 	elif $(call found,xdist); then $(PYTEST) -n 2 $(ARGS); \
 	else echo "$(PY) has no pytest-xdist: one process"; $(PYTEST) $(ARGS); fi
@@ -49,6 +49,10 @@ ifndef VENV
 endif
 	@if $(call found,setuptools); then $(PY) setup.py -q build_ext --inplace; \
 	else echo "$(PY) has no setuptools: the CUDA extension is not built"; fi
+
+# The CUDA sources as C++ that runs on the CPU.
+emulated: extension
+	@if $(call found,setuptools); then FASTATTN_CUDA=emulated $(PY) setup.py -q build_ext --inplace; fi
 
 .venv/ready: constraints.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=...')"

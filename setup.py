@@ -4,7 +4,8 @@ No torch header and no torch library go in and cudart is linked statically: one 
 building needs neither torch nor a GPU. Two environment variables steer it:
 
 FASTATTN_CUDA        auto (default): build where nvcc and pybind11 are found, else go on without the extension
-                     and say so; 0: never; 1: build or fail
+                     and say so; 0: never; 1: build or fail; emulated: as auto for fastattn._C_emulated, the same
+                     sources as plain C++ that runs on the CPU, for tests; CXXFLAGS are added
 FASTATTN_CUDA_ARCHS  such as "80;90a"; default: the GPUs of this machine, else 80;90a. PTX of the lowest is
                      added, so that newer GPUs run it.
 """
@@ -57,6 +58,15 @@ def toolkit_root(nvcc):
     return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
 
 
+def find_headers():
+    """The CUDA toolkit's include folder: an nvcc's, else that of pip's packages; None without either."""
+    nvcc = find_nvcc()
+    pip = [Path(p) / "nvidia" / d / "include" for p in sys.path for d in ("cu13", "cuda_runtime")]
+    places = ([toolkit_root(nvcc) / "include"] if nvcc else []) + pip
+    needed = ("cuda_bf16.h", "cuda_runtime_api.h", "crt/host_defines.h")
+    return next((place for place in places if all((place / name).exists() for name in needed)), None)
+
+
 def find_pybind11():
     """The include folder of pybind11, or of the copy inside a torch wheel."""
     for package in ("pybind11", "torch"):
@@ -92,55 +102,104 @@ def cuda_archs(nvcc):
 
 def extensions():
     wish = os.environ.get("FASTATTN_CUDA", "auto").lower()
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"[fastattn] FASTATTN_CUDA={wish}: it takes auto, 0 or 1")
+    if wish not in ("auto", "0", "1", "emulated"):
+        raise SystemExit(f"[fastattn] FASTATTN_CUDA={wish}: it takes auto, 0, 1 or emulated")
     if wish == "0":
         say(f"FASTATTN_CUDA=0: {GO_ON}")
         return []
-    tools = {"nvcc (on PATH or in CUDA_HOME)": find_nvcc(), "pybind11": find_pybind11()}
+    cuda = {"nvcc (on PATH or in CUDA_HOME)": find_nvcc()}
+    if wish == "emulated":
+        cuda = {
+            "CUDA headers (of nvcc, or of pip install nvidia-cuda-runtime nvidia-cuda-crt)": find_headers()
+        }
+    tools = cuda | {"pybind11": find_pybind11()}
     missing = " and ".join(name for name, found in tools.items() if not found)
     if missing and wish == "1":
         raise SystemExit(f"[fastattn] FASTATTN_CUDA=1, but {missing} not found")
     if missing:
         say(f"{missing} not found: {GO_ON}")
         return []
-    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cpp")]
-    return [Extension("fastattn._C", sorted(str(s.relative_to(ROOT)) for s in sources), language="c++")]
+    sources, name = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cpp")], "fastattn._C"
+    if wish == "emulated":
+        sources, name = [*sources, *ROOT.glob("csrc/emulation/*.cpp")], "fastattn._C_emulated"
+    return [Extension(name, sorted(str(s.relative_to(ROOT)) for s in sources), language="c++")]
 
 
 class BuildCuda(build_ext):
     def build_extension(self, ext):
-        nvcc, cxx = find_nvcc(), os.environ.get("CXX", "g++")
-        top, archs = toolkit_root(nvcc), cuda_archs(nvcc)
-        libs = next((d for d in (top / "lib64", top / "lib") if (d / "libcudart_static.a").exists()), None)
-        if not libs:
-            raise SystemExit(
-                f"[fastattn] no libcudart_static.a below {top}; FASTATTN_CUDA=0 builds without CUDA"
-            )
-        say(f"CUDA extension for {';'.join(archs)} with {nvcc} (toolkit {top})")
-
         temp = Path(self.build_temp).resolve()
-        temp.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name.endswith("_emulated"):
+            temp /= "emulated"
+            temp.mkdir(parents=True, exist_ok=True)
+            run(emulated_steps(ext.sources, temp, target), temp)
+        else:
+            temp.mkdir(parents=True, exist_ok=True)
+            run(cuda_steps(ext.sources, temp, target), temp)
 
-        foreign = [top / "include", find_pybind11(), sysconfig.get_path("include")]
-        common = ["-std=c++17", "-O3"]
-        host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-        steps = []
-        for source in (ROOT / s for s in ext.sources):
-            if source.suffix == ".cu":
-                compiler = [nvcc, *common, *gencode(source.name, archs), "-lineinfo"]
-                compiler += ["-Werror", "all-warnings", "-Xcompiler", ",".join(host)]
-            else:
-                compiler = [cxx, *common, *host, *(f"-isystem{f}" for f in foreign)]
-                compiler += [f'-DFASTATTN_ARCHS="{";".join(archs)}"']
-            out = f"{temp}/{source.name}.o"
-            steps.append((out, [source], [*compiler, "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", out]))
-        objects = [out for out, _, _ in steps]
-        static = [f"-L{libs}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
-        steps.append((target, objects, [cxx, "-shared", *objects, *static, "-o", str(target)]))
-        run(steps, temp)
+
+CXX = os.environ.get("CXX", "g++")
+COMMON = ["-std=c++17", "-O3"]
+HOST = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+
+
+def cuda_steps(sources, temp, target):
+    nvcc = find_nvcc()
+    top, archs = toolkit_root(nvcc), cuda_archs(nvcc)
+    libs = next((d for d in (top / "lib64", top / "lib") if (d / "libcudart_static.a").exists()), None)
+    if not libs:
+        raise SystemExit(f"[fastattn] no libcudart_static.a below {top}; FASTATTN_CUDA=0 builds without CUDA")
+    say(f"CUDA extension for {';'.join(archs)} with {nvcc} (toolkit {top})")
+
+    def compiler(source):
+        if source.suffix == ".cu":
+            command = [nvcc, *COMMON, *gencode(source.name, archs), "-lineinfo"]
+            return [*command, "-Werror", "all-warnings", "-Xcompiler", ",".join(HOST)]
+        return [CXX, *COMMON, *HOST, *foreign(top / "include"), f'-DFASTATTN_ARCHS="{";".join(archs)}"']
+
+    static = [f"-L{libs}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+    return steps_of(sources, temp, target, compiler, static)
+
+
+def emulated_steps(sources, temp, target):
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    say(f"CUDA extension emulated on the CPU with {CXX} {' '.join(extra)}")
+    # A GPU contracts a * b + c; x86-64 can where it has the instruction.
+    native = output(CXX, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
+    fused = ["-ffp-contract=fast", *(["-mfma"] if "__FMA__" in native else [])]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        *fused,
+        "-fno-strict-aliasing",
+        "-fno-ipa-icf",
+        "-DFASTATTN_EMULATION",
+    ]
+    flags += ['-DFASTATTN_ARCHS="emulated"', *foreign(find_headers())]
+
+    def compiler(source):
+        # nvcc's build has the warnings of kernels; g++ knows neither their pragmas nor that masks agree.
+        kernel = [*HOST[:2], "-w", "-x", "c++"]
+        return [CXX, *flags, *(kernel if source.suffix == ".cu" else [*HOST]), *extra]
+
+    return steps_of(sources, temp, target, compiler, [*extra, "-lpthread"])
+
+
+def foreign(cuda):
+    return [f"-isystem{f}" for f in (cuda, find_pybind11(), sysconfig.get_path("include"))]
+
+
+def steps_of(sources, temp, target, compiler, libraries):
+    steps = []
+    for source in (ROOT / s for s in sources):
+        out = f"{temp}/{source.name}.o"
+        steps.append(
+            (out, [source], [*compiler(source), "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", out])
+        )
+    objects = [out for out, _, _ in steps]
+    return [*steps, (target, objects, [CXX, "-shared", *objects, *libraries, "-o", str(target)])]
 
 
 def gencode(name, archs):

@@ -13,9 +13,6 @@ void bind_layer_norm(py::module_& m);
 
 namespace {
 
-constexpr int kMaxDevices = 64;
-std::array<int, kMaxDevices> multiprocessors;  // 0: not prepared yet; guarded by the GIL
-
 int prepare_kernels() {
     for (auto prepare : {layer_norm_prepare})
         if (const int code = prepare()) return code;
@@ -68,6 +65,8 @@ bool plain(const py::args& tensors) {
 
 #include "emulation/engine.h"
 
+void bind_emulation(py::module_& m);
+
 void check(int code, const std::string& what) {
     if (code != cudaSuccess) throw std::runtime_error(what + ": " + emulation::last_error());
 }
@@ -81,7 +80,13 @@ DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
 
 PYBIND11_MODULE(_C_emulated, m) {
+    bind_emulation(m);
 #else
+
+namespace {
+constexpr int kMaxDevices = 64;
+std::array<int, kMaxDevices> multiprocessors;  // 0: not prepared yet; guarded by the GIL
+}  // namespace
 
 void check(int code, const std::string& what) {
     if (code == cudaSuccess) return;

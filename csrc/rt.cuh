@@ -2,19 +2,26 @@
 // (shared memory, dynamic shared memory, launch) that only nvcc understands.
 #pragma once
 
+#ifdef FASTATTN_EMULATION
+#include "emulation/emulation.h"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <cstdint>
-
-#include "launchers.h"
 
 #define SMEM_ARRAY(T, name, dims) __shared__ T name dims
 #define SMEM_DYN(name, align) extern __shared__ __align__(align) unsigned char name[]
 // Evaluates to the launch's own error code.
 #define KLAUNCH(kernel, grid, block, smem, stream, ...) \
     (kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), cudaGetLastError())
+// Before a load or store of several elements: the emulation checks and counts it.
+#define READS(address, bytes)
+#define WRITES(address, bytes)
+#endif
+
+#include <cstdint>
+
+#include "launchers.h"
 
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__half v) { return __half2float(v); }
@@ -37,6 +44,7 @@ struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec {
 
 template <int kVec, typename T>
 __device__ void load(const T* from, float (&to)[kVec]) {
+    READS(from, sizeof(T) * kVec);
     const auto vec = *reinterpret_cast<const Vec<T, kVec>*>(from);
 #pragma unroll
     for (int i = 0; i < kVec; i++) to[i] = to_float(vec.at[i]);
@@ -47,6 +55,7 @@ __device__ void store(T* to, const float (&from)[kVec]) {
     Vec<T, kVec> vec;
 #pragma unroll
     for (int i = 0; i < kVec; i++) vec.at[i] = from_float<T>(from[i]);
+    WRITES(to, sizeof vec);
     *reinterpret_cast<Vec<T, kVec>*>(to) = vec;
 }
 

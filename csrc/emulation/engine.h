@@ -1,0 +1,23 @@
+// The emulation seen from the host: how blocks and threads are ordered, what went wrong, what ran.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+namespace emulation {
+
+constexpr int kMultiprocessors = 4;
+
+// Which runnable thread goes on where one must wait. Preempted are RANDOM, one thread in some, and PCT, which otherwise
+// runs the highest of random priorities. REVERSE starts with the last block and the last thread.
+enum Order { FIFO, REVERSE, RANDOM, PCT };
+void schedule(Order order, uint64_t seed);
+
+// Of the last launch that failed: kernel, block, thread, what and where.
+std::string last_error();
+
+// Launches by kernel, such as layer_norm_fwd_kernel<float, float, 4, 32, 2>, of this process.
+std::map<std::string, int64_t> launches();
+
+}  // namespace emulation

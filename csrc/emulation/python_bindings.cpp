@@ -1,0 +1,15 @@
+// fastattn._C_emulated: what tests ask of the emulation.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "engine.h"
+
+namespace py = pybind11;
+
+void bind_emulation(py::module_& m) {
+    m.attr("orders") = py::dict(py::arg("fifo") = 0, py::arg("reverse") = 1, py::arg("random") = 2, py::arg("pct") = 3);
+    m.def("schedule", [](int order, uint64_t seed) { emulation::schedule(static_cast<emulation::Order>(order), seed); },
+          py::arg("order"), py::arg("seed") = 1);
+    m.def("launches", &emulation::launches);
+}
