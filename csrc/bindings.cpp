@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 
 #include "binding.h"
@@ -53,6 +54,7 @@ bool plain(const py::args& tensors) {
         }
         if (t.device_type != kDevice || (device >= 0 && t.device_index != device)) return false;
         device = t.device_index;
+        if (!t.data && std::find(t.shape, t.shape + t.ndim, 0) == t.shape + t.ndim) return false;
         const bool floating = t.type_code == 2 || t.type_code == 4;
         if (t.lanes != 1 || t.type_code == 5 || (floating && t.bits != 16 && t.bits != 32)) return false;
     }

@@ -170,13 +170,13 @@ def test_build_says_what_is_missing(checkout):
     code, text = setup(FASTATTN_CUDA="0")
     assert code == 0 and "FASTATTN_CUDA=0: built without the CUDA extension" in text
     code, text = setup(FASTATTN_CUDA="yes")
-    assert code != 0 and "it takes auto, 0 or 1" in text
+    assert code != 0 and "it takes auto, 0, 1 or emulated" in text
 
 
 def test_import_without_triton_extension_or_gpu(tmp_path):
     code = """
 import sys
-sys.modules["triton"] = sys.modules["fastattn._C"] = None
+sys.modules["triton"] = sys.modules["fastattn._C"] = sys.modules["fastattn._C_emulated"] = None
 import torch, fastattn
 x = torch.ones(2, 8)
 assert torch.equal(fastattn.functional.layer_norm(x, (8,)), torch.nn.functional.layer_norm(x, (8,)))
