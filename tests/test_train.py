@@ -1,0 +1,226 @@
+"""Training: the loop's arithmetic, runs that are interrupted, several processes, and what a person types wrongly."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import types
+
+import pytest
+import torch
+
+from fastattn.models import checkpoint
+from fastattn.models.gpt import GPT, GPTConfig
+from fastattn.recipes import data, loop, runs
+
+BYTES = types.SimpleNamespace(sep_id=257, encode=lambda text: list(text.encode()))
+TEXT = [f"{i} green bottles hanging on the wall, and if one should fall: {i * i}. " * 6 for i in range(9)]
+CONFIG = GPTConfig(vocab_size=258, n_positions=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+
+
+def gpt(**changes):
+    torch.manual_seed(0)
+    return GPT(dataclasses.replace(CONFIG, **changes))
+
+
+def batches(size=4, texts=TEXT, **options):
+    return data.Batches(data.Blocks(texts, BYTES, 16), size, **options)
+
+
+def save(model, folder):
+    checkpoint.write(folder, dataclasses.asdict(model.config), model.state_dict())
+
+
+def load(folder):
+    config, state = checkpoint.read(folder)
+    model = GPT(GPTConfig(**config))
+    checkpoint.load_into(model, state)
+    return model
+
+
+def run(out, model=None, resume=None, on=None, **options):
+    """A short run; `options` are loop.Options, `on` the batches."""
+    model = model or (load(resume) if resume else gpt())
+    options = loop.Options(**{"steps": 8, "lr": 1e-2, "warmup": 2, "log_every": 1000} | options)
+    return loop.run(model, on or batches(), options, out, save=save, resume=resume)
+
+
+def log(out):
+    return [json.loads(line) for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [record["loss"] for record in log(out) if "lr" in record]
+
+
+def files(folder):
+    return {f.relative_to(folder): f.read_bytes() for f in pathlib.Path(folder).rglob("*") if f.is_file()}
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    options = loop.Options(steps=100, lr=2.0, warmup=10, min_lr=0.1)
+    at = [loop.learning_rate(options, step, step / 100) for step in range(101)]
+    assert math.isclose(at[0], 0.2 * (0.1 + 0.9 * 1.0))
+    assert max(at) == at[9] and math.isclose(at[50], 2 * 0.55) and math.isclose(at[100], 0.2)
+    assert at[:10] == sorted(at[:10]) and at[10:] == sorted(at[10:], reverse=True)
+    assert loop.learning_rate(options, 0, 5.0) < 0.03, "beyond its end a run stays at the smallest rate"
+
+
+@pytest.mark.parametrize("wrong", [dict(), dict(steps=0), dict(minutes=-1), dict(steps=1, accumulate=0)])
+def test_options_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="need"):
+        loop.Options(**wrong)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = gpt()
+    decaying, others = loop.decayed(model, 0.1)
+    assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert {p.dim() for p in decaying["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
+    assert len(decaying["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_the_log_has_every_step(tmp_path):
+    done = run(tmp_path, steps=5, clip=0.5)
+    first, *records = log(tmp_path)
+    steps = [r for r in records if "lr" in r]
+    assert "run" in first and [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    assert {"loss", "lr", "norm", "ms", "tokens_per_s", "mib", "tokens"} <= steps[0].keys()
+    assert steps[-1]["tokens"] == 5 * 4 * 16 and all(r["norm"] > 0.5 for r in steps)
+    assert done["stopped"] == "done" and done["step"] == 5 and done["loss"] == steps[-1]["loss"]
+    assert records[-1] == {"step": 5, "checkpoint": str(tmp_path / "step-0000005")}
+
+
+def test_the_loss_falls(tmp_path):
+    run(tmp_path, steps=40)
+    assert sum(losses(tmp_path)[-5:]) < 0.75 * sum(losses(tmp_path)[:5])
+
+
+def test_one_batch_is_learned_by_heart(tmp_path):
+    found = run(tmp_path, gpt(dropout=0.0), steps=150, on=batches(size=2, only_first=True), min_lr=0.0)
+    assert found["loss"] < 0.2
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    """Blocks of unequal numbers of targets: the mean of means would be another loss."""
+    texts = ["ab" * 9, "some text that is longer than a block of sixteen"]
+    blocks = data.Blocks(texts, BYTES, 16)
+    assert len({int((blocks[i]["targets"] != data.IGNORED).sum()) for i in range(len(blocks))}) > 1
+    for out, size, accumulate in (("one", 6, 1), ("three", 2, 3)):
+        on = data.Batches(blocks, size)
+        run(tmp_path / out, gpt(dropout=0.0), on=on, accumulate=accumulate, steps=6)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "three"), rtol=1e-5, atol=0)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
+    options = dict(accumulate=2, skip_above=4.0, steps=9)
+    run(tmp_path / "whole", **options)
+    run(tmp_path / "cut", **options, save_every=4, keep=None)
+    for step in (8, 9):  # as if killed between steps 5 and 8, while writing its log
+        shutil.rmtree(tmp_path / "cut" / f"step-000000{step}")
+    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+        f.write('{"step": 10, "lo')
+    torch.manual_seed(99)
+    run(tmp_path / "cut", resume=runs.newest(tmp_path / "cut"), **options)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = (files(tmp_path / out / "step-0000009") for out in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    for name in ("model.safetensors", "training.safetensors", "config.json"):
+        assert whole[pathlib.Path(name)] == cut[pathlib.Path(name)], name
+
+
+def test_a_run_that_was_never_interrupted_differs_with_another_seed(tmp_path):
+    """What the test above compares depends on the generators: dropout and the order of the data."""
+    for out, seed in (("a", 0), ("b", 1)):
+        run(tmp_path / out, gpt(), seed=seed)
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    run(tmp_path, steps=7, save_every=2, keep=2)
+    assert [f.name for f in runs.checkpoints(tmp_path)] == ["step-0000006", "step-0000007"]
+    assert runs.newest(tmp_path).name == "step-0000007" and runs.newest(tmp_path / "x").name == "x"
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    run(tmp_path, steps=2)
+    before = files(tmp_path / "step-0000002")
+
+    def fails(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runs, "write_training", fails)
+    with pytest.raises(OSError, match="no space"):
+        run(tmp_path, steps=4, resume=runs.newest(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "step-0000002"]
+    assert files(tmp_path / "step-0000002") == before
+
+
+def test_evaluation_changes_nothing(tmp_path):
+    held_out = batches(texts=TEXT[:2])
+    for out, extra in (("with", dict(validation=held_out)), ("without", {})):
+        options = loop.Options(steps=4, eval_every=2, eval_batches=1)
+        loop.run(gpt(), batches(), options, tmp_path / out, save=save, **extra)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    found = [r["validation"] for r in log(tmp_path / "with") if "validation" in r]
+    assert len(found) == 2 and found[0] != found[1]
+    model = load(tmp_path / "with" / "step-0000004").eval()
+    blocks = held_out.samples
+    batch = data.stack([blocks[i] for i in range(len(blocks))])
+    torch.testing.assert_close(
+        found[-1]["loss"], model(batch["input_ids"], batch["targets"])[1].item(), rtol=1e-5, atol=0
+    )
+
+
+def test_an_outlier_is_left_out(tmp_path):
+    model = gpt(dropout=0.0)
+
+    def spoiled(model, batch):
+        loss = loop.loss_of(model, batch)["loss"]
+        spoiled.calls += 1
+        return {"loss": loss * 1e4 if spoiled.calls == 23 else loss}
+
+    spoiled.calls = 0
+    options = loop.Options(steps=25, skip_above=50.0)
+    loop.run(model, batches(), options, tmp_path, losses=spoiled, save=save)
+    assert [r["step"] for r in log(tmp_path) if r.get("skipped")] == [23]
+    assert losses(tmp_path)[23] < 10
+
+
+def test_gradients_that_stay_infinite_end_the_run(tmp_path):
+    model = gpt()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    broken = lambda model, batch: {"loss": loop.loss_of(model, batch)["loss"] * math.inf}  # noqa: E731
+    with pytest.raises(loop.Diverged, match="smaller learning rate"):
+        loop.run(model, batches(), loop.Options(steps=9), tmp_path, losses=broken, save=save)
+    assert all((model.state_dict()[name] == t).all() for name, t in before.items())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("training.safetensors", lambda raw: raw[:1000], "cut off"),
+        ("training.safetensors", lambda raw: b"", "cut off"),
+        ("training.json", lambda raw: raw[:20], "JSON"),
+        ("training.json", None, "cannot be taken up"),
+        ("training.safetensors", "another width", "no optimizer state that fits"),
+    ],
+    ids=["cut", "empty", "half a JSON", "missing", "another width"],
+)
+def test_a_damaged_checkpoint_is_one_error(tmp_path, damage):
+    name, how, message = damage
+    run(tmp_path, steps=2)
+    folder = runs.newest(tmp_path)
+    model = load(folder)
+    if how is None:
+        (folder / name).unlink()
+    elif how == "another width":
+        model = gpt(n_embd=64)
+    else:
+        (folder / name).write_bytes(how((folder / name).read_bytes()))
+    before = files(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        run(tmp_path, model, steps=4, resume=folder)
+    assert files(tmp_path) == before
