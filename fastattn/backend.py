@@ -22,7 +22,7 @@ import warnings
 import torch
 
 ORDER = ("cuda", "triton", "torch")
-MODULES = {"cuda": "fastattn.cuda.", "triton": "fastattn.kernels."}
+MODULES = {"cuda": "fastattn.cuda.", "triton": "fastattn.kernels.", "torch": "fastattn.ops."}
 
 # (backend, op) -> compute capabilities on which its tests have passed, with the results file that says so.
 PROVEN: dict[tuple[str, str], dict[tuple[int, int], str]] = {}

@@ -94,10 +94,11 @@ def pretended_gpu(target, processors):
         "_maybe_exchange_device": lambda index: 0,
     }
     before = {name: getattr(torch.cuda, name) for name in replaced}, torch.version.hip
-    methods = torch.Tensor.__getitem__, torch.Tensor.contiguous
+    methods = torch.Tensor.__getitem__, torch.Tensor.contiguous, torch.Tensor.copy_
     try:
         # torch's own enter a device guard, which a CPU build lacks
         torch.Tensor.__getitem__ = basic_index
+        torch.Tensor.copy_ = lambda t, source: t
         torch.Tensor.contiguous = lambda t: t if t.is_contiguous() else t.new_empty(t.shape)
         for name, function in replaced.items():
             setattr(torch.cuda, name, function)
@@ -108,7 +109,7 @@ def pretended_gpu(target, processors):
         for name, function in before[0].items():
             setattr(torch.cuda, name, function)
         torch.version.hip = before[1]
-        torch.Tensor.__getitem__, torch.Tensor.contiguous = methods
+        torch.Tensor.__getitem__, torch.Tensor.contiguous, torch.Tensor.copy_ = methods
 
 
 def basic_index(t, key):
@@ -263,7 +264,7 @@ def plan(everything, target_names):
 
 def shipped_calls():
     """Launcher calls at sizes that people run, which reach every row of every tile table; budgets and gates are about these."""
-    from fastattn.kernels import layer_norm, position, softmax
+    from fastattn.kernels import layer_norm, linear_cross_entropy, position, softmax
 
     calls = []
     for letter, D, causal in [("b", 64, 0), ("b", 64, 1), ("b", 128, 0), ("b", 128, 1), ("b", 256, 0), ("b", 256, 1),
@@ -291,6 +292,10 @@ def shipped_calls():
         x = tensor("b", 8192, N)
         calls.append(["softmax.softmax_fwd", x, -1, False, {"dtype": "b"}])
         calls.append(["softmax.softmax_bwd", x, x, -1, False, {"dtype": "b"}])
+    for V in widths(linear_cross_entropy.ROWS):
+        head = [tensor("b", 16384, 768), tensor("f", V, 768), None, tensor("l", 16384), None, -100, 0.0]
+        for grad in (True, False):
+            calls.append(["linear_cross_entropy.linear_cross_entropy_fwd", *head, grad, grad, False])
     for C in widths(position.ADD, position.ADD_BACKWARD):
         x, table = tensor("b", 16, 1024, C), tensor("b", 2048, C)
         for learned in (table, None):
