@@ -30,6 +30,8 @@ class Specification:
     scaled_masked_softmax = reference.scaled_masked_softmax
     layer_norm, rms_norm, bias_gelu = reference.layer_norm, reference.rms_norm, reference.bias_gelu
 
+    linear_cross_entropy = reference.linear_cross_entropy
+
     def attention(q, *args, dropout_p=0.0, return_lse=False, return_weights=False, **options):
         o, lse, weights = reference.attention(
             q, *args, dropout_p=dropout_p, seed=backend.draw_seed(q), **options
@@ -114,6 +116,11 @@ CASES = (
          lambda f, x, r, w: f.add_rms_norm(x, r, (96,), w, 1e-6, prenorm=True)),
     Case("bias_gelu", "erf, bias", lambda: (torch.randn(9, 600), torch.randn(600)), lambda f, x, b: f.bias_gelu(x, b)),
     Case("bias_gelu", "tanh, no bias", lambda: (3 * torch.randn(2, 5, 96),), lambda f, x: f.bias_gelu(x, approximate="tanh")),
+    Case("linear_cross_entropy", "mean, ignored", lambda: (torch.randn(12, 32), torch.randn(300, 32), torch.randint(-1, 300, (12,))),
+         lambda f, x, w, targets: f.linear_cross_entropy(x, w, targets, ignore_index=-1)),
+    Case("linear_cross_entropy", "bias, softcap, a loss each",
+         lambda: (torch.randn(3, 4, 32), torch.randn(300, 32), torch.randint(300, (3, 4)), torch.randn(300)),
+         lambda f, x, w, targets, b: f.linear_cross_entropy(x, w, targets, bias=b, softcap=5.0, reduction="none")),
     Case("add_positional_encoding", "sinusoidal, scale", lambda: (torch.randn(2, 11, 96),),
          lambda f, x: f.add_positional_encoding(x, offset=3, scale=96**0.5)),
     Case("add_positional_encoding", "table, ids, dropout", lambda: (torch.randn(2, 11, 96), torch.randn(20, 96), torch.randint(20, (2, 11))),

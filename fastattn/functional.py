@@ -4,6 +4,7 @@ from fastattn.ops.attention import attention, attention_varlen, scaled_dot_produ
 from fastattn.ops.attention_decode import attention_decode
 from fastattn.ops.bias_gelu import bias_gelu
 from fastattn.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.position import add_positional_encoding, embeddings
 from fastattn.ops.softmax import log_softmax, scaled_masked_softmax, softmax
 
@@ -17,6 +18,7 @@ __all__ = [
     "bias_gelu",
     "embeddings",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -266,3 +266,19 @@ def embeddings(input_ids, token_table, position_table=None, *, type_ids=None, ty
     y = y if norm_weight is None else layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
     C = y.shape[-1]
     return y * dropout_mask(seed, (y.numel() // C, C), dropout_p).to(y).view_as(y) if dropout_p else y
+
+
+def linear_cross_entropy(
+    hidden, weight, targets, *, bias=None, ignore_index=-100, reduction="mean", softcap=0.0
+):
+    """-log softmax(z)[target], z = softcap * tanh((hidden @ weight.T + bias) / softcap); "mean" is over the targets that
+    are not ignore_index, and 0 where there is none.
+    """
+    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    counts = targets != ignore_index
+    picked = torch.log_softmax(z, -1).gather(-1, targets.long().masked_fill(~counts, 0)[..., None])[..., 0]
+    losses = -picked.masked_fill(~counts, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counts.sum().clamp(min=1) if reduction == "mean" else losses.sum()

@@ -52,6 +52,14 @@ CASES = {
         lambda s, m: f.scaled_masked_softmax(s, m, scale=0.5, causal=True),
         lambda S: (floats(2, 2, S, S), torch.ones(2, 1, S, S, dtype=torch.bool).tril()),
     ),
+    "linear_cross_entropy": (
+        lambda x, w, b, t: f.linear_cross_entropy(x, w, t, bias=b),
+        lambda S: (floats(2, S, 24), floats(40, 24), floats(40), torch.randint(0, 40, (2, S))),
+    ),
+    "linear_cross_entropy, a loss each": (
+        lambda x, w, t: f.linear_cross_entropy(x, w, t, reduction="none", softcap=3.0),
+        lambda S: (floats(2, S, 24), floats(40, 24), torch.randint(0, 40, (2, S))),
+    ),
     "add_positional_encoding": (
         lambda x, t: f.add_positional_encoding(x, t, dropout_p=0.2),
         lambda S: (floats(2, S, 16), floats(64, 16)),

@@ -61,6 +61,17 @@ def wide_softmax():
     return check.check(lambda x: functional.softmax(x, -1), lambda x: reference.softmax(x, -1), (x,))
 
 
+def head():
+    """Several blocks a token, its logits ascending, and some tokens that do not count."""
+    hidden, weight, bias = grads(5, 16), grads(20003, 16), (3 * torch.randn(20003)).sort().values
+    targets = torch.tensor([3, -100, 20002, 8191, 8192])
+    both = [
+        lambda h, w, f=f: f.linear_cross_entropy(h, w, targets, bias=bias, softcap=20.0)
+        for f in (functional, reference)
+    ]
+    return check.check(*both, (hidden, weight))
+
+
 def sinusoids():
     x = grads(2, 5, 48)
     ours = lambda x: functional.add_positional_encoding(x, offset=900)  # noqa: E731
@@ -86,6 +97,10 @@ PLANTED = [
     ("bias_gelu", "gradient without the bell", "dx = dy * (g + h * slope)", "dx = dy * g", activation),
     ("softmax", "walked sum not rescaled", "denom * tl.exp(m - finite) +", "denom +", wide_softmax),
     ("softmax", "gradient without its sum", "y * (dy - total[:, None])", "y * dy", soft),
+    ("linear_cross_entropy", "sum not rescaled", "denom * tl.exp(top - new_top) +", "denom +", head),
+    ("linear_cross_entropy", "padding counted", "loaded & (offs_n < V), s", "loaded, s", head),
+    ("linear_cross_entropy", "gradient of softcap forgotten", "dloss * dz * slope", "dloss * dz", head),
+    ("linear_cross_entropy", "ignored targets counted", "target != ignore_index", "target == target", head),
     ("position", "sine for cosine", "odd = (quarter & 1) != 0", "odd = (quarter & 1) == 0", sinusoids),
 ]  # fmt: skip
 
@@ -121,7 +136,7 @@ def test_planted_bug_is_seen(stem, what, line, bug, case, tmp_path, monkeypatch)
     assert broken_rules(module, stem, case, monkeypatch), f"nothing noticed: {what}"
 
 
-CASES = [plain_attention, biased_attention, grouped_attention, norm, soft, wide_softmax, sinusoids]
+CASES = [plain_attention, biased_attention, grouped_attention, norm, soft, wide_softmax, head, sinusoids]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
