@@ -7,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its helpers bind at import
 
+import emulated_launches
 import pytest
 
 from fastattn import cuda
@@ -24,6 +25,10 @@ if DEVICE == "cpu":
     import fastattn.interpreter  # noqa: F401
 
     launches.start()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(emulated_launches)
 
 
 @pytest.fixture

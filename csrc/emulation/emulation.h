@@ -168,8 +168,7 @@ inline float __frcp_rn(float v) { return 1 / v; }
 inline float __fsqrt_rn(float v) { return sqrtf(v); }
 
 // The errors are those of the guide's appendix on mathematical functions.
-inline float rsqrtf(float v) { return emulation::approximate(1 / sqrtf(v)); }
-inline float __frsqrt_rn(float v) { return 1 / sqrtf(v); }
+inline float rsqrtf(float v) { return emulation::approximate(static_cast<float>(1 / sqrt(double{v}))); }
 inline float __fdividef(float a, float b) { return emulation::approximate(a / b); }
 inline float __expf(float v) {
     return emulation::approximate(expf(v), 2 + (fabsf(v) < 100 ? static_cast<int>(1.173f * fabsf(v)) : 0));

@@ -28,6 +28,15 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+#ifdef FASTATTN_TSAN
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
 
 namespace emulation {
 
@@ -37,6 +46,7 @@ namespace {
 
 constexpr size_t kSharedMax = 227 * 1024;         // per block, where a kernel has asked for it
 constexpr size_t kSharedUnasked = 48 * 1024;      // where it has not
+constexpr size_t kArena = 512 * 1024;             // what variables and their guards are spread over
 constexpr size_t kGuard = 64;                     // bytes around each shared variable that stay kPoison
 constexpr unsigned char kPoison = 0xff;           // NaN in every float type
 constexpr size_t kPage = 4096;
@@ -182,15 +192,28 @@ constexpr int kReturnWord = 11, kFrameWords = 20;
 #error "the emulation's switch between fibers is written for x86-64 and AArch64"
 #endif
 
-// What the sanitizers must be told. kernels are instrumented for TSAN and the engine is not: its own bookkeeping orders
-// nothing, what a barrier orders is said by release and acquire.
+// What TSAN must be told. Kernels are instrumented for it and the engine is not: its own bookkeeping orders nothing, what
+// a barrier orders is said by release and acquire.
 #ifdef FASTATTN_TSAN
-#include <sanitizer/tsan_interface.h>
 void release(void* by) { __tsan_release(by); }
 void acquire(void* by) { __tsan_acquire(by); }
+// Around what a fiber does in the engine: library functions such as memmove are instrumented even so.
+struct Unseen {
+    Unseen() {
+        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unseen() {
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    }
+};
 #else
 void release(void*) {}
 void acquire(void*) {}
+struct Unseen {
+    ~Unseen() {}
+};
 #endif
 
 // Goes on with another fiber, or where run_block left off; for_good: this one is over.
@@ -335,16 +358,8 @@ void open_barrier_if_all_came() {
     block->barrier_generation++;
 }
 
-void fiber_main() {
-#ifdef __SANITIZE_ADDRESS__
-    const bool first = !block->main_stack_bytes;  // entered from run_block, whose stack this tells
-    __sanitizer_finish_switch_fiber(nullptr, first ? &block->main_stack : nullptr,
-                                    first ? &block->main_stack_bytes : nullptr);
-#endif
-    acquire(block);
-    block->body(block->arguments);
-    release(block);
-
+Fiber* next_after_me() {
+    const Unseen unseen;
     Fiber* me = self();
     me->done = true;
     block->live--;
@@ -356,7 +371,19 @@ void fiber_main() {
     open_barrier_if_all_came();
     Fiber* next = pick();
     if (block->live && !next) deadlock();
-    switch_to(next, true);
+    return next;
+}
+
+void fiber_main() {
+#ifdef __SANITIZE_ADDRESS__
+    const bool first = !block->main_stack_bytes;  // entered from run_block, whose stack this tells
+    __sanitizer_finish_switch_fiber(nullptr, first ? &block->main_stack : nullptr,
+                                    first ? &block->main_stack_bytes : nullptr);
+#endif
+    acquire(block);
+    block->body(block->arguments);
+    release(block);
+    switch_to(next_after_me(), true);
 }
 
 void prepare(Fiber& fiber) {
@@ -374,7 +401,7 @@ void prepare(Fiber& fiber) {
 
 void poison_shared(bool poison) {
 #ifdef __SANITIZE_ADDRESS__
-    (poison ? __asan_poison_memory_region : __asan_unpoison_memory_region)(block->shared, 2 * kSharedMax);
+    (poison ? __asan_poison_memory_region : __asan_unpoison_memory_region)(block->shared, kArena);
 #else
     (void)poison;
 #endif
@@ -402,7 +429,7 @@ void run_block(Block& b, int64_t index) {
     b.runnable.clear();
     b.at_barrier.clear();
     b.variables.clear();
-    b.shared_top = 2 * kSharedMax;
+    b.shared_top = kArena;
     b.main_stack_bytes = 0;
     b.warps.assign((b.threads + 31) / 32, Warp{});
     if (b.threads % 32) b.warps.back().exited = ~0u << b.threads % 32;
@@ -451,7 +478,7 @@ std::unique_ptr<Block> take_block(int threads) {
     }
     if (!b) {
         b = std::make_unique<Block>();
-        b->shared = static_cast<unsigned char*>(aligned_alloc(kPage, 2 * kSharedMax));
+        b->shared = static_cast<unsigned char*>(aligned_alloc(kPage, kArena));
     }
     if (const int missing = threads - static_cast<int>(b->stacks.size()); missing > 0) {
         // under each stack a page that faults
@@ -532,6 +559,7 @@ void fail(Place place, const char* format, ...) {
 }
 
 void sync_threads(Place place) {
+    const Unseen unseen;
     if (block->at_barrier.empty()) block->barrier_place = place;
     if (!(block->barrier_place == place))
         fail(place, "__syncthreads meets another one, at %s", text(block->barrier_place).c_str());
@@ -549,6 +577,7 @@ void sync_threads(Place place) {
 }
 
 void sync_warp(uint32_t mask, Place place) {
+    const Unseen unseen;
     Warp* warp = &block->warps[self()->warp];
     release(warp);
     meet("__syncwarp", mask, place, [](Fiber*) {});
@@ -556,6 +585,7 @@ void sync_warp(uint32_t mask, Place place) {
 }
 
 uint32_t ballot(uint32_t mask, bool predicate, Place place) {
+    const Unseen unseen;
     self()->bits = predicate;
     meet("a vote", mask, place, [mask](Fiber* lanes) {
         uint32_t votes = 0;
@@ -568,6 +598,7 @@ uint32_t ballot(uint32_t mask, bool predicate, Place place) {
 }
 
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int width, Place place) {
+    const Unseen unseen;
     static const char* const names[] = {"__shfl_sync", "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync"};
     const char* name = names[static_cast<int>(kind)];
     if (width < 1 || width > 32 || (width & (width - 1)))
@@ -599,6 +630,7 @@ uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int wi
 }
 
 void* shared_array(const void* key, const char* name, size_t bytes, size_t align) {
+    const Unseen unseen;
     for (const SharedVariable& v : block->variables)
         if (v.key == key) return v.start;
     // not aligned to more than was asked for, 8 bytes at least
@@ -615,6 +647,7 @@ void* shared_array(const void* key, const char* name, size_t bytes, size_t align
 }
 
 void* shared_dynamic(size_t align) {
+    const Unseen unseen;
     for (const SharedVariable& v : block->variables)
         if (!v.key) return v.start;
     return make_shared(nullptr, "the dynamic shared memory", block->shared + (align < kGuard ? 2 * kGuard : 0) + align,
@@ -622,6 +655,7 @@ void* shared_dynamic(size_t align) {
 }
 
 void access(Access, const void* address, size_t bytes, Place place) {
+    const Unseen unseen;
     const size_t align = std::min<size_t>(bytes & -bytes, 16);
     if (reinterpret_cast<uintptr_t>(address) % align)
         fail(place, "%zu bytes at %p, an address not aligned to %zu", bytes, address, align);

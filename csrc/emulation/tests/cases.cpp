@@ -1,0 +1,206 @@
+// Kernels that do one thing each, right or wrong; tests/test_emulation.py builds and runs them: cases NAME [ORDER SEED].
+// Prints "right", "wrong", or the sentence of a launch that failed.
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "../../rt.cuh"
+#include "../engine.h"
+
+namespace {
+
+constexpr uint32_t kAll = 0xffffffffu;
+
+__global__ void shuffles(float* out) {
+    const int t = threadIdx.x;
+    out[t] = __shfl_xor_sync(kAll, float(t), 5);
+    out[32 + t] = __shfl_down_sync(kAll, float(t), 3, 8);
+    out[64 + t] = __shfl_up_sync(kAll, float(t), 3, 8);
+    out[96 + t] = __shfl_sync(kAll, float(t), 9, 8);
+    const int half = t / 16;  // each half of the warp by itself
+    out[128 + t] = __shfl_xor_sync(0xffffu << 16 * half, float(t), 15);
+}
+bool shuffles_right(const float* out) {
+    bool right = true;
+    for (int t = 0; t < 32; t++) {
+        right &= out[t] == (t ^ 5) && out[32 + t] == (t % 8 + 3 < 8 ? t + 3 : t) && out[64 + t] == (t % 8 >= 3 ? t - 3 : t);
+        right &= out[96 + t] == t / 8 * 8 + 1 && out[128 + t] == (t ^ 15);
+    }
+    return right;
+}
+
+__global__ void votes(float* out) {
+    const int t = threadIdx.x;
+    out[t] = __ballot_sync(kAll, t % 3 == 0) == 0x49249249u && __any_sync(kAll, t == 7) && !__any_sync(kAll, t == 32) &&
+             __all_sync(kAll, t < 32) && !__all_sync(kAll, t != 7);
+}
+bool all_ones(const float* out) {
+    bool right = true;
+    for (int t = 0; t < 32; t++) right &= out[t] == 1;
+    return right;
+}
+
+__global__ void indices(float* out) {
+    const int n = blockDim.x * blockDim.y * blockDim.z;
+    const int t = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+    const int b = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    out[b * n + t] = b * n + t;
+}
+bool counts_up(const float* out) {
+    bool right = true;
+    for (int i = 0; i < 576; i++) right &= out[i] == i;
+    return right;
+}
+
+// Both kinds of shared memory, every thread reading what another warp wrote; a thread that has left is not waited for.
+template <bool kBefore, bool kAfter, bool kWarp = true>
+__global__ void exchange(float* out) {
+    SMEM_ARRAY(float, sFixed, [64]);
+    SMEM_DYN(sRaw, 16);
+    auto* sDynamic = reinterpret_cast<float*>(sRaw);
+    const int t = threadIdx.x;
+    if (t == 64) return;
+    float sum = 0;
+    for (int round = 0; round < 3; round++) {
+        sFixed[t] = sDynamic[t] = float(t + round);
+        if (kBefore) __syncthreads();
+        sum += sFixed[63 - t] + sDynamic[t ^ 32];
+        if (kAfter) __syncthreads();
+    }
+    sFixed[t] = sum;
+    if (kWarp) __syncwarp();
+    out[t] = sFixed[t ^ 1];
+}
+bool exchanged(const float* out) {
+    bool right = true;
+    for (int t = 0; t < 64; t++) right &= out[t ^ 1] == 3 * (63 - t + (t ^ 32)) + 6;
+    return right;
+}
+
+__global__ void reads_unwritten(float* out) {
+    SMEM_ARRAY(float, sA, [32]);
+    SMEM_ARRAY(__half, sB, [32]);
+    out[threadIdx.x] = std::isnan(sA[threadIdx.x]) && std::isnan(__half2float(sB[threadIdx.x]));
+}
+__global__ void past_the_end(float* out) {
+    SMEM_ARRAY(float, sA, [32]);
+    float* at = sA + threadIdx.x + 1;
+    asm("" : "+r"(at));
+    *at = 1;
+    __syncthreads();
+    out[threadIdx.x] = *at;
+}
+__global__ void before_the_start(float* out) {
+    SMEM_DYN(sRaw, 16);
+    float* at = reinterpret_cast<float*>(sRaw) + int(threadIdx.x) - 1;
+    asm("" : "+r"(at));
+    *at = 1;
+    out[threadIdx.x] = *at;
+}
+__global__ void two_barriers(float* out) {
+    if (threadIdx.x < 32)
+        __syncthreads();
+    else
+        __syncthreads();
+    out[threadIdx.x] = 1;
+}
+__global__ void barrier_in_a_warp(float* out) {
+    if (threadIdx.x < 16) __syncthreads();
+    __syncwarp();
+    out[threadIdx.x] = 1;
+}
+__global__ void not_in_mask(float* out) { out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 1); }
+__global__ void lane_left(float* out) {
+    if (threadIdx.x >= 20) return;
+    out[threadIdx.x] = __shfl_down_sync(kAll, 1.0f, 1);
+}
+__global__ void lane_leaves(float* out) {
+    if (threadIdx.x < 20) out[threadIdx.x] = __any_sync(kAll, 1);
+}
+__global__ void reads_outside_mask(float* out) {
+    if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 16);
+}
+__global__ void two_shuffles(float* out) {
+    if (threadIdx.x < 16)
+        out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
+    else
+        out[threadIdx.x] = __shfl_down_sync(kAll, 1.0f, 1);
+}
+__global__ void bad_width(float* out) { out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1, 24); }
+__global__ void misaligned(float* out) {
+    float v[4];
+    load<4>(out + 1 + 4 * threadIdx.x, v);
+    out[threadIdx.x] = v[0];
+}
+__global__ void too_much(float* out) {
+    SMEM_ARRAY(float, sA, [8000]);
+    SMEM_ARRAY(float, sB, [8000]);
+    out[threadIdx.x] = sA[0] + sB[0];
+}
+__global__ void approximations(float* out) {
+    bool right = true, exact = true;
+    for (float v = 0.01f; v < 80; v *= 1.07f) {
+        const auto off = [&](float got, double want, double ulps) {
+            const double ulp = nextafterf(float(want), INFINITY) - float(want);
+            right &= fabs(got - want) <= (ulps + 1) * ulp;
+            exact &= fabs(got - want) <= 0.6 * ulp;
+        };
+        off(rsqrtf(v), 1 / sqrt(double(v)), 2);
+        off(exp2f(v), exp2(double(v)), 2);
+        off(__expf(-v), exp(-double(v)), 2 + 1.173 * v);
+        off(__fdividef(1, v), 1 / double(v), 2);
+    }
+    out[threadIdx.x] = right && !exact && exp2f(-INFINITY) == 0 && std::isnan(rsqrtf(-1)) && __umulhi(1u << 31, 6) == 3;
+}
+
+struct Case {
+    const char* name;
+    void (*kernel)(float*);
+    dim3 grid, block;
+    size_t smem;
+    bool (*right)(const float*);
+};
+const Case cases[] = {
+    {"shuffles", shuffles, 1, 32, 0, shuffles_right},
+    {"votes", votes, 1, 32, 0, all_ones},
+    {"indices", indices, {2, 3, 4}, {2, 3, 4}, 0, counts_up},
+    {"exchange", exchange<true, true>, 3, 65, 256, exchanged},
+    {"no_barrier_before", exchange<false, true>, 3, 65, 256, exchanged},
+    {"no_barrier_after", exchange<true, false>, 3, 65, 256, exchanged},
+    {"no_syncwarp", exchange<true, true, false>, 3, 65, 256, exchanged},
+    {"reads_unwritten", reads_unwritten, 1, 32, 0, all_ones},
+    {"past_the_end", past_the_end, 1, 32, 0, all_ones},
+    {"before_the_start", before_the_start, 1, 32, 128, all_ones},
+    {"two_barriers", two_barriers, 1, 64, 0, all_ones},
+    {"barrier_in_a_warp", barrier_in_a_warp, {2, 2}, {32, 2}, 0, all_ones},
+    {"not_in_mask", not_in_mask, 1, 32, 0, all_ones},
+    {"partial_warp", votes, 1, 20, 0, all_ones},
+    {"lane_left", lane_left, 1, 32, 0, all_ones},
+    {"lane_leaves", lane_leaves, 1, 32, 0, all_ones},
+    {"reads_outside_mask", reads_outside_mask, 1, 32, 0, all_ones},
+    {"two_shuffles", two_shuffles, 1, 32, 0, all_ones},
+    {"bad_width", bad_width, 1, 32, 0, all_ones},
+    {"misaligned", misaligned, 1, 32, 0, all_ones},
+    {"too_much", too_much, 1, 32, 0, all_ones},
+    {"too_much_asked", votes, 1, 32, 50000, all_ones},
+    {"empty_grid", votes, 0, 32, 0, all_ones},
+    {"large_block", votes, 1, 1025, 0, all_ones},
+    {"approximations", approximations, 1, 1, 0, [](const float* out) { return out[0] == 1; }},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc > 3) emulation::schedule(static_cast<emulation::Order>(atoi(argv[2])), atoi(argv[3]));
+    for (const Case& c : cases) {
+        if (argc < 2 || std::string(argv[1]) != c.name) continue;
+        alignas(16) static float out[1024];
+        const int code = KLAUNCH(c.kernel, c.grid, c.block, c.smem, nullptr, out);
+        puts(code ? emulation::last_error().c_str() : c.right(out) ? "right" : "wrong");
+        for (const auto& [name, count] : emulation::launches()) printf("%s: %ld\n", name.c_str(), long(count));
+        return 0;
+    }
+    return 2;
+}

@@ -1,0 +1,135 @@
+"""The emulation of CUDA blocks and threads (csrc/emulation): what it computes, and what it finds wrong, in every order."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import emulated_launches
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ORDERS = {"fifo": 0, "reverse": 1, "random": 2, "pct": 3}
+
+spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which(build.CXX) and build.find_headers() and build.find_pybind11()),
+    reason="needs g++, CUDA headers (nvidia-cuda-runtime, nvidia-cuda-crt) and pybind11",
+)
+
+RIGHT = ("shuffles", "votes", "indices", "exchange", "reads_unwritten", "approximations")
+WRONG = ("no_barrier_before", "no_barrier_after", "no_syncwarp")
+# What the emulation says of each, whatever the order.
+SAID = {
+    "past_the_end": r"past_the_end, block \(0, 0, 0\), shared memory is written 0 bytes past the end of sA \(128 bytes\), "
+    r"seen at the barrier of cases.cpp:\d+",
+    "before_the_start": "bytes before the start of the dynamic shared memory",
+    "two_barriers": r"thread \(\d+, 0, 0\), cases.cpp:\d+: __syncthreads meets another one, at cases.cpp:\d+",
+    "barrier_in_a_warp": r"deadlock: 16 of warp 0 at __syncthreads \(cases.cpp:\d+\); 16 of warp 0 at __syncwarp \(cases.cpp:",
+    "not_in_mask": r"__shfl_xor_sync: lane \d+ calls it and is not in its mask 0000ffff",
+    "partial_warp": "a vote: its mask ffffffff names lanes that have exited",
+    "lane_left": "__shfl_down_sync waits for lane 20, which exits|names lanes that have exited",
+    "lane_leaves": "a vote waits for lane 20, which exits|names lanes that have exited",
+    "reads_outside_mask": "lane 0 reads lane 16, which is not in mask 0000ffff",
+    "two_shuffles": r"__shfl_\w+_sync with mask ffffffff meets __shfl_\w+_sync",
+    "bad_width": "width is 24, must be a power of two",
+    "misaligned": r"rt.cuh:\d+: 16 bytes at 0x\w+, an address not aligned to 16",
+    "too_much": "sB does not fit: variables of a fixed size have 49152 bytes of shared memory",
+    "too_much_asked": "votes: 50000 bytes of dynamic shared memory, 49152 are allowed",
+    "empty_grid": r"votes: a grid of \(0, 1, 1\) blocks",
+    "large_block": r"blocks of \(1025, 1, 1\) threads",
+}
+
+
+def program(folder, *flags, engine_flags=()):
+    """The program of tests/cases.cpp."""
+    objects = []
+    for source, more in (("tests/cases.cpp", flags), ("engine.cpp", engine_flags or flags)):
+        source = ROOT / "csrc/emulation" / source
+        objects.append(folder / f"{source.stem}.o")
+        command = [*build.emulated_compiler(source), "-Wno-unknown-pragmas", *more, "-c", source]
+        subprocess.run([*command, "-o", objects[-1]], check=True)
+    subprocess.run([build.CXX, *objects, *flags, "-lpthread", "-ldl", "-o", folder / "cases"], check=True)
+    return folder / "cases"
+
+
+def run(executable, *arguments, **env):
+    command = [executable, *map(str, arguments)]
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **env}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    return program(tmp_path_factory.mktemp("cases"))
+
+
+def test_all_cases_are_here():
+    text = (ROOT / "csrc/emulation/tests/cases.cpp").read_text()
+    assert set(re.findall(r'^    \{"(\w+)"', text, re.M)) == {*RIGHT, *WRONG, *SAID}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_computes_what_a_gpu_would(cases, order):
+    for name in RIGHT:
+        for seed in (1, 2):
+            assert run(cases, name, ORDERS[order], seed)[1].startswith("right"), (name, seed)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_some_order_shows_that_a_barrier_is_missing(cases, name):
+    shown = [
+        run(cases, name, order, seed)[1].startswith("wrong") for order in ORDERS.values() for seed in (1, 2)
+    ]
+    assert any(shown)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_says_what_is_wrong(cases, order):
+    for name, sentence in SAID.items():
+        code, text = run(cases, name, ORDERS[order], 1)
+        assert code == 0 and re.search(sentence, text), text
+
+
+def test_counts_launches_by_name(cases):
+    assert run(cases, "exchange")[1].splitlines()[1:] == ["exchange<true, true, true>: 1"]
+    assert run(cases, "empty_grid")[1].splitlines()[1:] == []
+
+
+def test_a_kernel_that_no_test_ran_is_found():
+    names = emulated_launches.kernels()
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cu"))
+    assert "layer_norm_fwd_kernel" in names and len(names) == sources.count("__global__")
+    counts = {f"{name}<float, 4>": 1 for name in names[1:]}
+    assert emulated_launches.not_run(names, counts) == names[:1]
+
+
+def test_blocks_may_run_side_by_side(cases):
+    assert run(cases, "exchange", OMP_NUM_THREADS="3")[1] == run(cases, "exchange", OMP_NUM_THREADS="1")[1]
+
+
+def test_address_sanitizer(tmp_path):
+    """It sees the engine's fibers as threads that switch, and shared memory as variables of their own."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    executable = program(tmp_path, *flags)
+    for order in ORDERS.values():
+        assert run(executable, "exchange", order, 1)[1].startswith("right")
+        for name in ("past_the_end", "before_the_start"):
+            code, text = run(executable, name, order, 1)
+            assert code and "AddressSanitizer: use-after-poison" in text and name in text, text
+
+
+def test_thread_sanitizer(tmp_path):
+    """Threads of a block race unless a barrier orders them, whether or not an order shows it."""
+    executable = program(tmp_path, "-fsanitize=thread", engine_flags=("-DFASTATTN_TSAN",))
+    for order in ORDERS.values():
+        code, text = run(executable, "exchange", order, 1)
+        assert code == 0 and text.startswith("right"), text
+    for name in WRONG:
+        assert "data race" in run(executable, name)[1], name
