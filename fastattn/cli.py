@@ -1,5 +1,7 @@
-"""The `fastattn` command: info | check | bench | report. Everything it runs is importable; this file only prints."""
+"""The `fastattn` command: info | check | bench | report | train. Everything it runs is importable; this file only prints."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import pathlib
 import platform
@@ -15,6 +17,9 @@ from rich.table import Table
 
 import fastattn
 from fastattn import backend, check_cases
+from fastattn.recipes.loop import Diverged
+from fastattn.recipes.parallel import processes
+from fastattn.recipes.train import Settings, prepare, resumed
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=fastattn.__doc__
@@ -204,6 +209,116 @@ def report(out: Out = pathlib.Path("bench-out")):
     if not (out / "results.json").is_file():
         raise typer.BadParameter(f"{out} has no results.json: run `fastattn bench --out {out}` first")
     _console().print(f"Written: {html_page(out)}")
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="gpt: next tokens.")],
+    out: Annotated[str, typer.Option(help="Folder of the run: log.jsonl and checkpoints.")] = Settings.out,
+    size: Annotated[
+        str, typer.Option(help="One of the model's sizes: tiny, gpt2, gpt2-medium, ...")
+    ] = Settings.size,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A UTF-8 file, or a folder of .txt, .md and .rst; else Python's own documentation."
+        ),
+    ] = Settings.data,
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, a tokenizer.json, or a folder with one.")
+    ] = Settings.tokenizer,
+    vocab: Annotated[
+        int | None, typer.Option(help="Learn a byte-level BPE of so many ids from the data.")
+    ] = Settings.vocab,
+    block: Annotated[
+        int | None, typer.Option(help="Tokens a sample; by default all the model's positions.")
+    ] = Settings.block,
+    batch: Annotated[
+        int, typer.Option(help="Samples a step and process, before --accumulate.")
+    ] = Settings.batch,
+    steps: Annotated[int | None, typer.Option(help="Updates after which to stop.")] = Settings.steps,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes after which to stop; 3 if --steps is not given either.")
+    ] = Settings.minutes,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate; by default 0.02 / sqrt(width).")
+    ] = Settings.lr,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps of warm-up; by default a twentieth of --steps, or 50.")
+    ] = Settings.warmup,
+    min_lr: Annotated[
+        float, typer.Option(help="Where the cosine ends, as a share of --lr.")
+    ] = Settings.min_lr,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of matrices; biases and norms have none.")
+    ] = Settings.weight_decay,
+    dropout: Annotated[float, typer.Option(help="Of embeddings, attention and branches.")] = Settings.dropout,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 leaves it.")] = Settings.clip,
+    skip_above: Annotated[
+        float,
+        typer.Option(help="Leave out updates whose gradient's norm is so many times the usual; 0 takes all."),
+    ] = Settings.skip_above,
+    accumulate: Annotated[int, typer.Option(help="Batches an update.")] = Settings.accumulate,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bf16 autocast over fp32 weights.")] = Settings.bf16,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = Settings.compile,
+    held_out: Annotated[float, typer.Option(help="Share of the text to validate on.")] = Settings.held_out,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between validations; 0: at the end only.")
+    ] = Settings.eval_every,
+    eval_batches: Annotated[
+        int, typer.Option(help="Batches of those; the last one takes all.")
+    ] = Settings.eval_batches,
+    sample_every: Annotated[
+        int, typer.Option(help="Steps between samples of text; 0: none.")
+    ] = Settings.sample_every,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: at the end only.")
+    ] = Settings.save_every,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = Settings.keep,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between lines; the log has every step.")
+    ] = Settings.log_every,
+    overfit: Annotated[
+        bool, typer.Option("--overfit", help="The first batch over and over.")
+    ] = Settings.overfit,
+    seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = Settings.seed,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from --out's last checkpoint; flags given again override its own."
+        ),
+    ] = False,
+    parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp.")] = "ddp",
+    device: Device = "",
+):
+    """Train a model from nothing.
+
+    SIGTERM and Ctrl-C end it with a checkpoint. On several GPUs: torchrun --nproc-per-node N -m fastattn.cli train ...
+    """
+    names = [f.name for f in dataclasses.fields(Settings)]
+    given = [name for name in names if context.get_parameter_source(name).name == "COMMANDLINE"]
+    settings = Settings(**{name: context.params[name] for name in names})
+    if steps is None and minutes is None:
+        settings = dataclasses.replace(settings, minutes=3.0)
+    with contextlib.ExitStack() as until_the_end:
+        with _in_a_line(ValueError, OSError, ImportError):
+            us = until_the_end.enter_context(processes(_device(device), parallel))
+            settings = resumed(settings, given) if resume else settings
+            start = prepare(settings, us, resume)
+        with _in_a_line(Diverged):
+            done = start()
+    if us.first and done["stopped"] != "done":
+        _console().print(f"Stopped by {done['stopped']} at step {done['step']}; --resume goes on.")
+
+
+@contextlib.contextmanager
+def _in_a_line(*kinds):
+    """What the caller can put right is one line, without a traceback."""
+    try:
+        yield
+    except kinds as e:
+        raise typer.BadParameter(str(e)) from e
 
 
 def main():

@@ -5,19 +5,28 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fastattn import cli
 from fastattn.models import checkpoint
 from fastattn.models.gpt import GPT, GPTConfig
-from fastattn.recipes import data, loop, runs
+from fastattn.recipes import data, loop, parallel, runs, tokens
 
 BYTES = types.SimpleNamespace(sep_id=257, encode=lambda text: list(text.encode()))
 TEXT = [f"{i} green bottles hanging on the wall, and if one should fall: {i * i}. " * 6 for i in range(9)]
 CONFIG = GPTConfig(vocab_size=258, n_positions=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+
+
+ALONE = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
 
 
 def gpt(**changes):
@@ -101,17 +110,6 @@ def test_the_loss_falls(tmp_path):
 def test_one_batch_is_learned_by_heart(tmp_path):
     found = run(tmp_path, gpt(dropout=0.0), steps=150, on=batches(size=2, only_first=True), min_lr=0.0)
     assert found["loss"] < 0.2
-
-
-def test_accumulated_batches_are_one_large_batch(tmp_path):
-    """Blocks of unequal numbers of targets: the mean of means would be another loss."""
-    texts = ["ab" * 9, "some text that is longer than a block of sixteen"]
-    blocks = data.Blocks(texts, BYTES, 16)
-    assert len({int((blocks[i]["targets"] != data.IGNORED).sum()) for i in range(len(blocks))}) > 1
-    for out, size, accumulate in (("one", 6, 1), ("three", 2, 3)):
-        on = data.Batches(blocks, size)
-        run(tmp_path / out, gpt(dropout=0.0), on=on, accumulate=accumulate, steps=6)
-    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "three"), rtol=1e-5, atol=0)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
@@ -224,3 +222,183 @@ def test_a_damaged_checkpoint_is_one_error(tmp_path, damage):
     with pytest.raises(checkpoint.CheckpointError, match=message):
         run(tmp_path, model, steps=4, resume=folder)
     assert files(tmp_path) == before
+
+
+# Several processes. tests/two_ranks.py runs what is compared here.
+
+TOGETHER = dict(lr=1e-2, warmup=0, accumulate=2, clip=0.0, keep=None, save_every=1)
+
+
+def plain_gpt():
+    return gpt(dropout=0.0)
+
+
+def uneven(size=4, **options):
+    """Blocks of which one has fewer targets, so that the ranks' means do not count alike."""
+    texts = ["ab" * 9, "some text that is longer than a block of sixteen", "more of it"]
+    blocks = data.Blocks(texts, BYTES, 16)
+    assert len({int((blocks[i]["targets"] != data.IGNORED).sum()) for i in range(len(blocks))}) > 1
+    return data.Batches(blocks, size, **options)
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    for size, accumulate in ((8, 1), (2, 4)):
+        options = loop.Options(steps=6, **TOGETHER | {"accumulate": accumulate})
+        loop.run(plain_gpt(), uneven(size), options, tmp_path / str(size), save=save)
+    torch.testing.assert_close(losses(tmp_path / "8"), losses(tmp_path / "2"), rtol=1e-5, atol=0)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    script = pathlib.Path(__file__).with_name("two_ranks.py")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *torchrun, script, out], capture_output=True, text=True, timeout=180, env=ALONE
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    options = loop.Options(steps=4, **TOGETHER)
+    loop.run(plain_gpt(), uneven(), options, out / "one", validation=uneven(), save=save)
+    return out
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_two_ranks_have_the_gradients_of_one_process(two_ranks, kind):
+    """After one step AdamW's exp_avg is (1 - beta1) times the gradient."""
+    ours, alone = (runs.read_training(two_ranks / out / "step-0000001")[1] for out in (kind, "one"))
+    gradients = [name for name in alone if name.endswith("/exp_avg")]
+    assert len(gradients) == len(list(plain_gpt().parameters()))
+    for name in gradients:
+        torch.testing.assert_close(ours[name], alone[name], rtol=1e-5, atol=1e-8, msg=name)
+    assert ours["generator/cpu/0"].equal(alone["generator/cpu/0"])
+    assert not ours["generator/cpu/1"].equal(ours["generator/cpu/0"]), "each rank has its own dropout"
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_two_ranks_stop_and_go_on_like_one_process(two_ranks, kind):
+    torch.testing.assert_close(losses(two_ranks / kind), losses(two_ranks / "one"), rtol=1e-5, atol=0)
+    found, alone = (load(two_ranks / out / "step-0000004").state_dict() for out in (kind, "one"))
+    for name, t in alone.items():
+        torch.testing.assert_close(found[name], t, rtol=1e-4, atol=1e-5, msg=name)
+    held = [
+        [r["validation"]["loss"] for r in log(two_ranks / out) if "validation" in r][-1]
+        for out in (kind, "one")
+    ]
+    torch.testing.assert_close(*held, rtol=1e-5, atol=0)
+    steps = [r["step"] for r in log(two_ranks / kind) if "lr" in r]
+    assert steps == [1, 2, 3, 4], "rank 0 alone writes the log"
+
+
+def test_one_process_goes_on_with_what_two_left(two_ranks, tmp_path):
+    shutil.copytree(two_ranks / "fsdp" / "step-0000001", tmp_path / "step-0000001")
+    folder = runs.newest(tmp_path)
+    options = loop.Options(steps=4, **TOGETHER)
+    loop.run(load(folder), uneven(), options, tmp_path, save=save, resume=folder)
+    torch.testing.assert_close(losses(tmp_path), losses(two_ranks / "one")[1:], rtol=1e-5, atol=0)
+
+
+# The command.
+
+TINY = ("--size", "tiny", "--block", "16", "--batch", "4", "--device", "cpu", "--log-every", "1")
+
+
+def fastattn(*args):
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+def said(done):
+    """The text of an error without the frame around it."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", done.output).split())
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(TEXT))
+    return file
+
+
+def test_train_gpt_saves_what_goes_on_from(tmp_path, text):
+    out = tmp_path / "out"
+    done = fastattn("train", "gpt", "--data", text, "--out", out, "--steps", 4, "--sample-every", 4, *TINY)
+    assert done.exit_code == 0, done.output
+    for expected in ("step      4  loss", "tokens/s", "MFU", "MiB", "bits per byte", "sample: The "):
+        assert expected in done.output
+    folder = runs.newest(out)
+    assert folder.name == "step-0000004" and tokens.beside(folder, 260).vocab_size == 260
+    again = fastattn("train", "gpt", "--data", text, "--out", out, "--steps", 8, *TINY)
+    assert again.exit_code == 2 and "--resume goes on with it" in said(again)
+    ended = fastattn("train", "gpt", "--out", out, "--resume")
+    assert ended.exit_code == 2 and "ask for more --steps" in said(ended)
+    other = fastattn("train", "gpt", "--out", out, "--resume", "--seed", 3, "--steps", 8)
+    assert other.exit_code == 2 and "was started with 0" in said(other)
+    text.write_text("".join(TEXT[:-1]))
+    other = fastattn("train", "gpt", "--out", out, "--resume", "--steps", 8)
+    assert other.exit_code == 2 and "is not the text" in said(other)
+    text.write_text("".join(TEXT))
+    more = fastattn("train", "gpt", "--out", out, "--resume", "--steps", 6, "--device", "cpu")
+    assert more.exit_code == 0, more.output
+    assert [r["step"] for r in log(out) if "lr" in r] == [1, 2, 3, 4, 5, 6]
+    (runs.newest(out) / "model.safetensors").write_bytes(b"no tensors")
+    before = files(out)
+    damaged = fastattn("train", "gpt", "--out", out, "--resume", "--steps", 9)
+    assert damaged.exit_code == 2 and "model.safetensors: cannot be read" in said(damaged)
+    assert files(out) == before
+
+
+def test_a_bpe_is_learned_on_the_way(tmp_path, text):
+    done = fastattn(
+        "train", "gpt", "--data", text, "--out", tmp_path / "o", "--steps", 2, "--vocab", 300, *TINY
+    )
+    assert done.exit_code == 0, done.output
+    assert 260 < tokens.load(runs.newest(tmp_path / "o")).vocab_size <= 300
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (("--size", "huge"), "--size huge: need one of tiny, gpt2"),
+        (("--data", "nowhere.txt"), "nowhere.txt: there is no such file"),
+        (("--tokenizer", "nowhere"), "nowhere: there is no such tokenizer"),
+        (("--tokenizer", "x.json", "--vocab", "300"), "give one of them"),
+        (("--block", "100000"), "do not fill one block of 100000"),
+        (("--block", "600"), "--held-out 0.05: "),
+        (("--steps", "0"), "steps 0: need more than 0"),
+        (("--accumulate", "-1"), "accumulate -1: need more than 0"),
+        (("--resume",), "there is no run"),
+        (("--parallel", "tensor"), "need one of ddp, fsdp"),
+    ],
+)
+def test_what_is_typed_wrongly_is_named_and_nothing_is_written(tmp_path, text, wrong, message):
+    out = tmp_path / "out"
+    done = fastattn("train", "gpt", "--steps", 2, *TINY, "--data", text, "--out", out, *wrong)
+    assert done.exit_code == 2 and message in said(done), done.output
+    assert not out.exists()
+
+
+def test_an_unknown_model_is_named(tmp_path):
+    done = fastattn("train", "lstm", "--out", tmp_path)
+    assert done.exit_code == 2 and "model 'lstm': need one of gpt" in said(done)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_a_clean_exit(tmp_path, text, sent):
+    """And what goes on from there is what would have been."""
+    command = ("train", "gpt", "--data", text, "--steps", "250", *TINY, "--dropout", "0.1", "--held-out", "0")
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastattn.cli", *command, "--out", out],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step      5"):
+            process.send_signal(sent)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, rest
+    stopped = runs.read_training(runs.newest(out))[0]["step"]
+    assert 5 <= stopped < 250 and f"Stopped by {sent.name} at step {stopped}; --resume" in rest
+    if sent == signal.SIGTERM:
+        assert fastattn("train", "gpt", "--out", out, "--resume", "--device", "cpu").exit_code == 0
+        assert fastattn(*command, "--out", tmp_path / "whole").exit_code == 0
+        assert losses(out) == losses(tmp_path / "whole")

@@ -134,7 +134,7 @@ def stack(samples):
 
 
 class Batches:
-    """Endless batches, in an order drawn anew for every epoch; `position` is the number drawn so far, and may be set.
+    """Endless batches, in an order drawn anew for every epoch; `position`, the samples all ranks drew so far, may be set.
 
     samples: anything with len() and [i]. draw(sample, rng): what is random about a sample, such as its masks, with a
     numpy generator of its own. collate(list of samples): a dict of tensors. Of each batch of size * world samples a rank
@@ -153,10 +153,9 @@ class Batches:
         return self
 
     def __next__(self):
-        position = 0 if self.only_first else self.position
-        first = (position * self.world + self.rank) * self.size
+        first = (0 if self.only_first else self.position) + self.rank * self.size
         batch = self.collate([self._sample(n) for n in range(first, first + self.size)])
-        self.position += 1
+        self.position += self.size * self.world
         return batch
 
     def _sample(self, n):

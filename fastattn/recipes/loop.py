@@ -292,19 +292,19 @@ class _Run:
         for name, get in self._generators().items():
             for rank, state in enumerate(self.processes.gathered(get())):
                 tensors[f"generator/{name}/{rank}"] = state
-        numbers = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "position": self.batches.position,
-            "elapsed": self.elapsed,
-            "usual_norm": self.usual_norm,
-            "loss": self.loss,
-            "run": self.header,
-        }
+        stood = (
+            self.step,
+            self.tokens,
+            self.batches.position,
+            self.elapsed,
+            self.usual_norm,
+            self.loss,
+            self.header,
+        )
         if self.processes.first:
             with runs.new_checkpoint(self.out, self.step, self.options.keep) as folder:
                 self.save_model(model, folder)
-                runs.write_training(folder, numbers, tensors)
+                runs.write_training(folder, dict(zip(runs.STOOD, stood, strict=True)), tensors)
         if self.skeleton is not None:
             self.skeleton.to("meta")
         self.saved = self.out / f"step-{self.step:07d}"

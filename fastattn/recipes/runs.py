@@ -15,6 +15,7 @@ import tempfile
 from fastattn.models.checkpoint import CheckpointError, read, replacing
 
 LOG, NUMBERS, TENSORS = "log.jsonl", "training.json", "training.safetensors"
+STOOD = ("step", "tokens", "position", "elapsed", "usual_norm", "loss", "run")  # what training.json has
 
 
 def checkpoints(out):
@@ -71,6 +72,8 @@ def read_training(folder):
         numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
     except ValueError as e:
         raise CheckpointError(f"{folder / NUMBERS}: cannot be read as JSON ({e})") from e
+    if absent := [name for name in STOOD if not (isinstance(numbers, dict) and name in numbers)]:
+        raise CheckpointError(f"{folder / NUMBERS}: lacks {', '.join(absent)}")
     return numbers, read(folder / TENSORS)[1]
 
 
