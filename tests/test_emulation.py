@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++, CUDA headers (nvidia-cuda-runtime, nvidia-cuda-crt) and pybind11",
 )
 
-RIGHT = ("shuffles", "votes", "indices", "exchange", "reads_unwritten", "approximations")
-WRONG = ("no_barrier_before", "no_barrier_after", "no_syncwarp")
+RIGHT = ("shuffles", "votes", "indices", "exchange", "copies", "reads_unwritten", "approximations")
+WRONG = ("no_barrier_before", "no_barrier_after", "no_syncwarp", "no_wait", "no_barrier_after_copy")
 # What the emulation says of each, whatever the order.
 SAID = {
     "past_the_end": r"past_the_end, block \(0, 0, 0\), shared memory is written 0 bytes past the end of sA \(128 bytes\), "
@@ -39,6 +39,7 @@ SAID = {
     "two_shuffles": r"__shfl_\w+_sync with mask ffffffff meets __shfl_\w+_sync",
     "bad_width": "width is 24, must be a power of two",
     "misaligned": r"rt.cuh:\d+: 16 bytes at 0x\w+, an address not aligned to 16",
+    "copy_to_global": r"asynchronous copy of 16 bytes to 0x\w+, which is no shared memory",
     "too_much": "sB does not fit: variables of a fixed size have 49152 bytes of shared memory",
     "too_much_asked": "votes: 50000 bytes of dynamic shared memory, 49152 are allowed",
     "empty_grid": r"votes: a grid of \(0, 1, 1\) blocks",
@@ -128,8 +129,9 @@ def test_address_sanitizer(tmp_path):
 def test_thread_sanitizer(tmp_path):
     """Threads of a block race unless a barrier orders them, whether or not an order shows it."""
     executable = program(tmp_path, "-fsanitize=thread", engine_flags=("-DFASTATTN_TSAN",))
-    for order in ORDERS.values():
-        code, text = run(executable, "exchange", order, 1)
-        assert code == 0 and text.startswith("right"), text
+    for name in ("exchange", "copies"):
+        for order in ORDERS.values():
+            code, text = run(executable, name, order, 1)
+            assert code == 0 and text.startswith("right"), text
     for name in WRONG:
-        assert "data race" in run(executable, name)[1], name
+        assert "data race" in run(executable, name, ORDERS["reverse"], 1)[1], name

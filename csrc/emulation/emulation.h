@@ -53,6 +53,11 @@ void* shared_dynamic(size_t align);
 enum class Access { kRead, kWrite };
 void access(Access kind, const void* address, size_t bytes, Place place);
 
+// cp.async: copies of one thread to shared memory, in groups that are waited for.
+void copy_async(void* to, const void* from, size_t bytes, Place place);
+void copy_commit();
+void copy_wait(int pending);
+
 using Body = void (*)(const void* arguments);
 int launch(const void* kernel, dim3 grid, dim3 block, size_t smem, Body body, const void* arguments);
 
@@ -71,9 +76,9 @@ To bits_as(From from) {
     return to;
 }
 
-// v off by -ulps .. ulps units in the last place. Which is a function of v alone, as it is on a GPU.
+// v off by -ulps .. ulps units in the last place. Which is a function of v alone, as it is on a GPU; exp(0) = 1 is exact.
 inline float approximate(float v, int ulps = 2) {
-    if (!(fabsf(v) > 1e-37f && fabsf(v) < 1e38f)) return v;
+    if (!(fabsf(v) > 1e-37f && fabsf(v) < 1e38f) || v == 1) return v;
     uint32_t hash = bits_as<uint32_t>(v) * 2654435769u;
     hash = (hash ^ hash >> 15) * 2246822519u;
     return bits_as<float>(bits_as<uint32_t>(v) + (hash >> 16) % (2 * ulps + 1) - ulps);

@@ -63,6 +63,14 @@ std::string error;
 std::map<const void*, int64_t> launched;
 std::map<const void*, int> shared_asked;  // cudaFuncAttributeMaxDynamicSharedMemorySize
 
+// An asynchronous copy to shared memory that has not been made yet.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    int group;
+};
+
 struct Fiber : Thread {
     void* sp;
     char* stack;  // its lowest byte
@@ -73,6 +81,8 @@ struct Fiber : Thread {
     int64_t priority;
     uint64_t bits;  // what it brings to a warp function, and takes away
     int source;     // the lane it reads there
+    std::deque<Copy> copies;
+    int copy_group;  // that its next copy belongs to
     void *asan, *tsan;
 };
 
@@ -662,6 +672,30 @@ void access(Access, const void* address, size_t bytes, Place place) {
     perhaps_preempt(place);
 }
 
+// FIFO makes a copy at once, REVERSE when it is waited for, the others either; until then the place it goes to is poison. So
+// what is read too early, there or by a thread that no barrier tells, is wrong under some order.
+void copy_async(void* to, const void* from, size_t bytes, Place place) {
+    access(Access::kRead, from, bytes, place);
+    const auto at = static_cast<unsigned char*>(to);
+    if (at < block->shared || at + bytes > block->shared + kArena || (at - block->shared) % bytes)
+        fail(place, "an asynchronous copy of %zu bytes to %p, which is no shared memory aligned to them", bytes, to);
+    const bool now = block->order == FIFO || (block->order != REVERSE && block->draw() % 2);
+    if (now) {
+        memcpy(to, from, bytes);
+    } else {
+        memset(to, kPoison, bytes);
+        self()->copies.push_back({to, from, bytes, self()->copy_group});
+    }
+}
+
+void copy_commit() { self()->copy_group++; }
+
+void copy_wait(int pending) {
+    Fiber* me = self();
+    for (; !me->copies.empty() && me->copies.front().group < me->copy_group - pending; me->copies.pop_front())
+        memcpy(me->copies.front().to, me->copies.front().from, me->copies.front().bytes);
+}
+
 int launch(const void* kernel, dim3 grid, dim3 dim, size_t smem, Body body, const void* arguments) {
     const int64_t threads = int64_t{dim.x} * dim.y * dim.z, blocks = int64_t{grid.x} * grid.y * grid.z;
     std::string name;
@@ -742,5 +776,16 @@ extern "C" cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribut
         return cudaErrorInvalidValue;
     std::lock_guard<std::mutex> lock(emulation::mutex);
     emulation::shared_asked[kernel] = value;
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
+    *value = emulation::kSharedMax;
     return cudaSuccess;
 }

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../../rt.cuh"
+#include "../../ptx.cuh"
 #include "../engine.h"
 
 namespace {
@@ -155,6 +155,39 @@ __global__ void approximations(float* out) {
     out[threadIdx.x] = right && !exact && exp2f(-INFINITY) == 0 && std::isnan(rsqrtf(-1)) && __umulhi(1u << 31, 6) == 3;
 }
 
+// A ring of two stages: copies of the next round are under way while this one is read.
+template <bool kWait, bool kBarrier>
+__global__ void copies(float* out) {
+    SMEM_DYN(sRaw, 16);
+    auto* sStage = reinterpret_cast<float*>(sRaw);  // (2, 256)
+    const int t = threadIdx.x;
+    for (int i = 0; i < 4; i++) out[4 * t + i] = float(4 * t + i);
+    const auto copy = [&](int round) {
+        if (round < 4) ptx::cp_async_16(sStage + round % 2 * 256 + (t ^ round) * 4, out + 4 * t);
+        ptx::cp_async_commit();
+    };
+    copy(0);
+    float sum = 0;
+    for (int round = 0; round < 4; round++) {
+        copy(round + 1);
+        kWait ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<2>();
+        __syncthreads();
+        sum += sStage[round % 2 * 256 + t];
+        if (kBarrier) __syncthreads();
+    }
+    out[256 + t] = sum;
+}
+bool copied(const float* out) {
+    bool right = true;
+    for (int t = 0; t < 64; t++) {
+        float sum = 0;
+        for (int round = 0; round < 4; round++) sum += (t / 4 ^ round) * 4 + t % 4;
+        right &= out[256 + t] == sum;
+    }
+    return right;
+}
+__global__ void copy_to_global(float* out) { ptx::cp_async_16(out, out + 4 * threadIdx.x); }
+
 struct Case {
     const char* name;
     void (*kernel)(float*);
@@ -170,6 +203,10 @@ const Case cases[] = {
     {"no_barrier_before", exchange<false, true>, 3, 65, 256, exchanged},
     {"no_barrier_after", exchange<true, false>, 3, 65, 256, exchanged},
     {"no_syncwarp", exchange<true, true, false>, 3, 65, 256, exchanged},
+    {"copies", copies<true, true>, 1, 64, 2048, copied},
+    {"no_wait", copies<false, true>, 1, 64, 2048, copied},
+    {"no_barrier_after_copy", copies<true, false>, 1, 64, 2048, copied},
+    {"copy_to_global", copy_to_global, 1, 32, 0, all_ones},
     {"reads_unwritten", reads_unwritten, 1, 32, 0, all_ones},
     {"past_the_end", past_the_end, 1, 32, 0, all_ones},
     {"before_the_start", before_the_start, 1, 32, 128, all_ones},
