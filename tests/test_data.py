@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastattn.recipes import data
+from fastattn.recipes import data, masking, tokens
 
 BYTES = types.SimpleNamespace(sep_id=257, encode=lambda text: list(text.encode()))
 
@@ -148,3 +148,90 @@ def test_stack_makes_tensors():
 def test_no_samples_is_an_error():
     with pytest.raises(data.DataError, match="no samples"):
         data.Batches([], 2)
+
+
+# Masked tokens and next sentences.
+
+LINES = ["\n".join(f"Document {d}, line {i}: words of some length." for i in range(12)) for d in range(5)]
+
+
+def covered(whole_words=False, n=4000, words=None):
+    words = np.repeat(np.arange(n // 4), 4) if words is None else words
+    ids = np.arange(n) % 90 + 10
+    ids[words < 0] = 3
+    found, targets = masking.cover(ids, words, np.random.default_rng(0), 4, np.arange(10, 100), whole_words)
+    return ids, found, targets, targets != data.IGNORED
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_15_percent_are_covered_80_10_10(whole_words):
+    ids, found, targets, chosen = covered(whole_words)
+    assert chosen.sum() == 600 and (targets[chosen] == ids[chosen]).all()
+    assert (found[~chosen] == ids[~chosen]).all()
+    masked, same = (found[chosen] == 4).mean(), (found[chosen] == ids[chosen]).mean()
+    assert abs(masked - 0.8) < 0.05 and abs(same - 0.1) < 0.04 and abs(1 - masked - same - 0.1) < 0.04
+    per_word = chosen.reshape(-1, 4).sum(1)
+    assert set(per_word.tolist()) == ({0, 4} if whole_words else {0, 1, 2, 3, 4})
+
+
+def test_special_tokens_are_never_covered():
+    words = np.where(np.arange(4000) % 3 == 0, -1, np.arange(4000) // 3)
+    ids, found, targets, chosen = covered(words=words)
+    assert not chosen[words < 0].any() and (found[words < 0] == 3).all() and chosen.sum() == 400
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_something_is_always_covered(whole_words):
+    assert covered(whole_words, 3, np.array([-1, 0, 0]))[3].sum() == (2 if whole_words else 1)
+    lengths = np.repeat([0, 1, 2], [1, 30, 9])  # a word too long for the share stays, where others fit
+    sizes = [masking._whole_words(lengths, 6, np.random.default_rng(seed)).size for seed in range(30)]
+    assert set(sizes) == {1, 9, 30}
+
+
+def test_pairs_continue_or_come_from_elsewhere():
+    pairs = masking.Pairs(LINES, tokens.Bytes(), 128)
+    labels = []
+    for _, sample in zip(range(300), data.Batches(pairs, 1, draw=pairs.draw), strict=False):
+        ids, targets, kinds, mask = (
+            sample[name][0].numpy() for name in ("input_ids", "targets", "token_type_ids", "attention_mask")
+        )
+        n = mask.sum()
+        assert mask[:n].all() and (ids[n:] == 256).all() and (targets[n:] == data.IGNORED).all()
+        whole = np.where(targets != data.IGNORED, targets, ids)[:n].tolist()
+        assert whole[0] == 257 and whole[-1] == 258 and whole.count(258) == 2
+        end = whole.index(258)
+        assert kinds[:n].tolist() == [0] * (end + 1) + [1] * (n - end - 1) and not kinds[n:].any()
+        a, b = bytes(whole[1:end]).decode(), bytes(whole[end + 1 : -1]).decode()
+        label = sample["next_sentence"].item()
+        assert any(a + b in text for text in LINES) == (label == 0)
+        if label:
+            assert not any(a in text and b in text for text in LINES), "elsewhere is another document"
+        labels.append(label)
+    assert 0.4 < np.mean(labels) < 0.6
+
+
+def test_pairs_of_a_single_document():
+    pairs = masking.Pairs(["".join(f"line {i}\n" for i in range(200))], tokens.Bytes(), 64)
+    for i in range(50):
+        first = pairs[i]
+        found = {pairs._elsewhere(first, np.random.default_rng(seed)) for seed in range(50)}
+        assert not {first, first + 1} & found and len(found) > 10
+
+
+def test_long_lines_are_cut_and_lose_nothing():
+    text = "x" * 1000 + "\nshort\n" + "y z " * 100
+    stretches = list(masking._stretches(text, tokens.Bytes(), 60))
+    assert bytes(np.concatenate([ids for ids, _ in stretches]).tolist()).decode() == text
+    assert max(len(ids) for ids, _ in stretches) == 60
+    for _, words in stretches:
+        assert (np.diff(words) >= 0).all()
+
+
+def test_pairs_that_cannot_be():
+    with pytest.raises(data.DataError, match="too few for pairs"):
+        masking.Pairs(["short"], tokens.Bytes(), 128)
+    with pytest.raises(data.DataError, match="no room for two texts"):
+        masking.Pairs(LINES, tokens.Bytes(), 4)
+    bare = types.SimpleNamespace(name="GPT-2's", special={"cls": None, "sep": 1, "mask": None})
+    with pytest.raises(data.DataError, match="GPT-2's has no cls, mask token"):
+        masking.Pairs(LINES, bare, 128)

@@ -1,5 +1,6 @@
 """Training: the loop's arithmetic, runs that are interrupted, several processes, and what a person types wrongly."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastattn import cli
+from fastattn.backend import calls, use_backend
 from fastattn.models import checkpoint
 from fastattn.models.gpt import GPT, GPTConfig
 from fastattn.recipes import data, loop, parallel, runs, tokens
@@ -222,6 +224,66 @@ def test_a_damaged_checkpoint_is_one_error(tmp_path, damage):
     with pytest.raises(checkpoint.CheckpointError, match=message):
         run(tmp_path, model, steps=4, resume=folder)
     assert files(tmp_path) == before
+
+
+# The same curve, whoever computes it.
+
+
+class PlainGPT(torch.nn.Module):
+    """GPT-2 from torch's own functions alone, with the parameters of ours."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config = model.config
+        self.inner = copy.deepcopy(model)
+
+    def forward(self, ids, targets):
+        p = dict(self.inner.named_parameters())
+        linear = lambda x, name: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]  # noqa: E731
+        x = p["wte.weight"][ids] + p["wpe.weight"][: ids.shape[1]]
+        for i in range(self.config.n_layer):
+            q, k, v = linear(self.norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2) for t in (q, k, v))
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+            weights = scores.masked_fill(later, -math.inf).softmax(-1)
+            x = x + linear((weights @ v).transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
+            h = linear(self.norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+            h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+            x = x + linear(h, f"h.{i}.mlp.c_proj")
+        logits = self.norm(x, "ln_f") @ p["wte.weight"].T
+        chosen = logits.log_softmax(-1).gather(-1, targets.clamp(0)[..., None])[..., 0]
+        valid = targets != data.IGNORED
+        return None, -(chosen * valid).sum() / valid.sum()
+
+    def norm(self, x, name):
+        p = dict(self.inner.named_parameters())
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + self.config.layer_norm_epsilon).rsqrt()
+        return centred * scale * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def curve(out, model, backend=None, steps=30, size=4):
+    with use_backend(backend):
+        options = loop.Options(steps=steps, lr=1e-2, warmup=2)
+        loop.run(model, batches(size), options, out, save=lambda model, folder: None)
+    return losses(out)
+
+
+def test_the_curve_is_that_of_a_gpt_in_plain_torch(tmp_path):
+    model = gpt(dropout=0.0)
+    plain = curve(tmp_path / "plain", PlainGPT(model))
+    torch.testing.assert_close(curve(tmp_path / "ours", model), plain, rtol=1e-4, atol=0)
+    assert plain[-1] < 0.8 * plain[0]
+
+
+def test_the_curve_is_that_of_eager_ops(tmp_path):
+    short = dict(steps=5, size=2)
+    eager = curve(tmp_path / "eager", gpt(dropout=0.0), "torch", **short)
+    before = calls.copy()
+    ours = curve(tmp_path / "ours", gpt(dropout=0.0), "triton", **short)
+    assert all((calls - before)[op, "triton"] for op in ("attention", "layer_norm")), calls - before
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=0)
 
 
 # Several processes. tests/two_ranks.py runs what is compared here.
