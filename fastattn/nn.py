@@ -217,9 +217,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Children are re-classed, not rebuilt: the same seed gives the same weights as torch's layer.
-        self.self_attn.__class__ = MultiheadAttention
-        self.norm1.__class__ = self.norm2.__class__ = LayerNorm
+        _take_over(self)
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if src.is_nested:
@@ -238,6 +236,85 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return residual + self.dropout2(feed_forward(x))
         x = _add_norm(attend(src), src, self.dropout1, self.norm1)
         return _add_norm(feed_forward(x), x, self.dropout2, self.norm2)
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer on the modules above: self-attention, attention over an encoder's memory, feed-forward.
+
+    As TransformerEncoderLayer; masks are torch's own, True = ignore, tgt_mask (L, L) and memory_mask (L, S). A subclass
+    that overrides torch's `_sa_block`, `_mha_block` or `_ff_block` overrides forward here. Left to torch's forward: nested tensors.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _take_over(self)
+
+    def forward(self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None,
+                memory_key_padding_mask=None, tgt_is_causal=False, memory_is_causal=False):  # fmt: skip
+        own = dict(attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
+        across = dict(
+            attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask, is_causal=memory_is_causal
+        )
+        if tgt.is_nested or memory.is_nested:
+            _leave_to_torch(self, "nested tensors take torch's own kernels", tgt)
+            return super().forward(
+                tgt,
+                memory,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
+
+        def attend(x):
+            return self.self_attn(x, x, x, need_weights=False, **own)[0]
+
+        def attend_across(x):
+            return self.multihead_attn(x, memory, memory, need_weights=False, **across)[0]
+
+        def feed_forward(x):
+            return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+        if self.norm_first:
+            x, residual = _add_norm(attend(self.norm1(tgt)), tgt, self.dropout1, self.norm2, prenorm=True)
+            x, residual = _add_norm(attend_across(x), residual, self.dropout2, self.norm3, prenorm=True)
+            return residual + self.dropout3(feed_forward(x))
+        x = _add_norm(attend(tgt), tgt, self.dropout1, self.norm1)
+        x = _add_norm(attend_across(x), x, self.dropout2, self.norm2)
+        return _add_norm(feed_forward(x), x, self.dropout3, self.norm3)
+
+
+class Transformer(nn.Transformer):
+    """torch.nn.Transformer of the layers above: the encoder and decoder of arXiv 1706.03762, without embeddings or head.
+
+    A custom_encoder or custom_decoder stays as it is. The encoder makes no nested tensors of a padded batch.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for stack, kind in ((self.encoder, nn.TransformerEncoder), (self.decoder, nn.TransformerDecoder)):
+            if type(stack) is kind:
+                for layer in stack.layers:
+                    _take_over(layer)
+                _take_over(stack)
+        if type(self.encoder) is nn.TransformerEncoder:
+            self.encoder.use_nested_tensor = False
+
+
+OURS = {
+    nn.LayerNorm: LayerNorm,
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+}
+
+
+def _take_over(module):
+    """Children, and the module itself, become ours where torch's: re-classed, not rebuilt, so that a seed gives torch's weights."""
+    for m in (module, *module.children()):
+        m.__class__ = OURS.get(type(m), type(m))
 
 
 def _add_norm(x, residual, dropout, norm, prenorm=False):
