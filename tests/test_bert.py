@@ -24,8 +24,8 @@ TINY = dict(
     max_position_embeddings=24,
     num_labels=3,
 )
-HEADS = ("BERT", "MaskedLM", "NextSentence", "PreTraining", "SequenceClassification", "TokenClassification",
-         "QuestionAnswering", "MultipleChoice")  # fmt: skip
+HEADS = ("BERT", "BERTForMaskedLM", "BERTForNextSentencePrediction", "BERTForPreTraining", "BERTForSequenceClassification", "BERTForTokenClassification",
+         "BERTForQuestionAnswering", "BERTForMultipleChoice")  # fmt: skip
 B, S = 3, 20
 
 
@@ -45,7 +45,7 @@ def theirs(head="BERT", **options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     config = transformers.BertConfig(
-        **TINY | {"num_labels": 2 if head == "QuestionAnswering" else 3} | options
+        **TINY | {"num_labels": 2 if head == "BERTForQuestionAnswering" else 3} | options
     )
     model = getattr(transformers, getattr(bert, head).architecture)(config).to(DEVICE).eval()
     with torch.no_grad():
@@ -80,13 +80,13 @@ def labels_of(head, side=None):
     answers = torch.tensor([1, 0, 1])
     return {
         "BERT": {},
-        "MaskedLM": {"labels": some},
-        "NextSentence": {"labels": answers},
-        "PreTraining": {"labels": some, "next_sentence_label": answers},
-        "SequenceClassification": {"labels": torch.tensor([2, 0, 1])},
-        "TokenClassification": {"labels": (some % 3).masked_fill(some == -100, -100)},
-        "QuestionAnswering": {"start_positions": torch.tensor([2, 3, 1]), "end_positions": torch.tensor([5, 3, 6])},
-        "MultipleChoice": {"labels": torch.tensor([0, 1, 1])},
+        "BERTForMaskedLM": {"labels": some},
+        "BERTForNextSentencePrediction": {"labels": answers},
+        "BERTForPreTraining": {"labels": some, "next_sentence_label": answers},
+        "BERTForSequenceClassification": {"labels": torch.tensor([2, 0, 1])},
+        "BERTForTokenClassification": {"labels": (some % 3).masked_fill(some == -100, -100)},
+        "BERTForQuestionAnswering": {"start_positions": torch.tensor([2, 3, 1]), "end_positions": torch.tensor([5, 3, 6])},
+        "BERTForMultipleChoice": {"labels": torch.tensor([0, 1, 1])},
     }[head]  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def inputs_of(head, side=None):
     inputs = {"input_ids": ids(), "token_type_ids": types()}
     if side is not None:
         inputs["attention_mask"] = padding(side)
-    if head == "MultipleChoice":  # two choices a question
+    if head == "BERTForMultipleChoice":  # two choices a question
         inputs = {k: torch.stack([t, t.roll(1, 0)], dim=1) for k, t in inputs.items()}
     return inputs
 
@@ -127,7 +127,7 @@ def test_published_sizes(size, millions):
 
 
 def test_initial_values():
-    model = bert.PreTraining(BERTConfig(**SIZES["tiny"]))
+    model = bert.BERTForPreTraining(BERTConfig(**SIZES["tiny"]))
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             assert not p.any(), name
@@ -177,7 +177,7 @@ def test_heads_are_those_of_transformers(head, side, unpad):
         wanted = outputs_of_theirs(model, head, inputs, labels)
     assert found.keys() <= wanted.keys()
     padded = torch.zeros(B, S, dtype=torch.bool) if side is None else padding(side) == 0
-    if head == "QuestionAnswering" and side is not None:  # transformers lets answers lie in padding
+    if head == "BERTForQuestionAnswering" and side is not None:  # transformers lets answers lie in padding
         ends = [wanted[f"logits {i}"].masked_fill(padded, -1e30) for i in range(2)]
         at = labels.values()
         losses = [torch.nn.functional.cross_entropy(t, n) for t, n in zip(ends, at, strict=True)]
@@ -192,13 +192,13 @@ def test_heads_are_those_of_transformers(head, side, unpad):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_gradients_are_those_of_transformers(side):
     model, inputs, labels = (
-        theirs("PreTraining"),
-        inputs_of("PreTraining", side),
-        labels_of("PreTraining", side),
+        theirs("BERTForPreTraining"),
+        inputs_of("BERTForPreTraining", side),
+        labels_of("BERTForPreTraining", side),
     )
     if side == "left":  # the pooler's token differs there
         del labels["next_sentence_label"]
-    ours = bert.PreTraining.from_pretrained(model)
+    ours = bert.BERTForPreTraining.from_pretrained(model)
     ours(**inputs, **labels)[1].backward()
     found = bert.split_qkv({n: p.grad for n, p in ours.named_parameters() if p.grad is not None})
     hidden = model.bert(**inputs).last_hidden_state
@@ -226,7 +226,7 @@ def test_a_side_of_padding_makes_no_difference(head, unpad):
     batches = []
     for tokens, kept in ((ids(), right), (moved, left)):
         inputs = dict(input_ids=tokens, attention_mask=kept, position_ids=(kept.cumsum(1) - 1).clamp(min=0))
-        if head == "MultipleChoice":
+        if head == "BERTForMultipleChoice":
             inputs = {k: torch.stack([t, t.roll(1, 0)], dim=1) for k, t in inputs.items()}
         batches.append((outputs_of(model, head, inputs | {"unpad": unpad}, {}), kept.bool()))
     (first, right), (second, left) = batches
@@ -295,6 +295,17 @@ def test_a_sequence_of_nothing_but_padding(unpad):
     assert model(ids((0, S)), mask[:0], unpad=unpad).shape == (0, S, 32)
 
 
+def test_in_another_dtype():
+    model = theirs()
+    ours = BERT.from_pretrained(model, dtype=torch.bfloat16)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        error = (
+            ours(ids(), padding("right")).float() - BERT.from_pretrained(model)(ids(), padding("right"))
+        ).abs()
+    assert 0 < error.max() < 0.1
+
+
 def test_labels_that_do_not_count():
     for head in HEADS[1:]:
         model, labels = tiny(head).eval(), labels_of(head)
@@ -302,8 +313,8 @@ def test_labels_that_do_not_count():
         loss = model(**inputs_of(head), **nothing)[1]
         loss.backward()
         assert loss == 0, head
-    model = tiny("MaskedLM").eval()
-    some = labels_of("MaskedLM")["labels"]
+    model = tiny("BERTForMaskedLM").eval()
+    some = labels_of("BERTForMaskedLM")["labels"]
     logits, loss = model(ids(), labels=some)
     assert logits.shape == (int((some != -100).sum()), TINY["vocab_size"])
     torch.testing.assert_close(logits, model(ids())[0][some != -100])
@@ -318,12 +329,12 @@ def test_kinds_of_labels_of_a_sequence():
             **{k: v for k, v in TINY.items() if k != "num_labels"}, num_labels=count
         )
         model = transformers.BertForSequenceClassification(config).eval().to(DEVICE)
-        ours = bert.SequenceClassification.from_pretrained(model)
+        ours = bert.BERTForSequenceClassification.from_pretrained(model)
         torch.testing.assert_close(ours(ids(), labels=labels)[1], model(ids(), labels=labels).loss)
 
 
 def test_sentence_embedding():
-    model = tiny("SentenceEmbedding").eval()
+    model = tiny("BERTForSentenceEmbedding").eval()
     mask = padding("right")
     hidden = model.encoder(model.embeddings(ids()), None, {"mask": mask.bool()[:, None, None]})
     mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -335,12 +346,12 @@ def test_sentence_embedding():
 
 
 def test_dropout_is_off_in_evaluation_only():
-    model = tiny("SequenceClassification", classifier_dropout=0.5)
+    model = tiny("BERTForSequenceClassification", classifier_dropout=0.5)
     for on in (True, False):
         model.train(on)
         assert torch.equal(model(ids())[0], model(ids())[0]) is not on
     model = tiny(
-        "SequenceClassification",
+        "BERTForSequenceClassification",
         classifier_dropout=0.5,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -353,10 +364,10 @@ def test_dropout_is_off_in_evaluation_only():
 
 
 def test_autocast():
-    model = tiny("PreTraining").eval()
-    expected = model(**inputs_of("PreTraining", "right"), **labels_of("PreTraining"))[1]
+    model = tiny("BERTForPreTraining").eval()
+    expected = model(**inputs_of("BERTForPreTraining", "right"), **labels_of("BERTForPreTraining"))[1]
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss = model(**inputs_of("PreTraining", "right"), **labels_of("PreTraining"))[1]
+        loss = model(**inputs_of("BERTForPreTraining", "right"), **labels_of("BERTForPreTraining"))[1]
         loss.backward()
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -457,9 +468,9 @@ def written(folder, config, state):
 @pytest.mark.parametrize(
     "change", [old_layout, bare, lambda s: bare(old_layout(s))], ids=["old", "bare", "both"]
 )
-@pytest.mark.parametrize("head", ["BERT", "PreTraining"])
+@pytest.mark.parametrize("head", ["BERT", "BERTForPreTraining"])
 def test_older_names(head, change, tmp_path):
-    model = theirs("PreTraining")
+    model = theirs("BERTForPreTraining")
     folder = written(tmp_path, model.config.to_dict(), change(model.state_dict()))
     ours, expected = (silently(getattr(bert, head).from_pretrained, source) for source in (folder, model))
     assert all(
@@ -469,9 +480,9 @@ def test_older_names(head, change, tmp_path):
 
 
 def test_a_missing_head_starts_anew_and_is_named():
-    model = theirs("MaskedLM")  # no pooler, no classifier
+    model = theirs("BERTForMaskedLM")  # no pooler, no classifier
     with pytest.warns(UserWarning) as said:
-        ours = bert.SequenceClassification.from_pretrained(model, num_labels=5)
+        ours = bert.BERTForSequenceClassification.from_pretrained(model, num_labels=5)
     (message,) = (str(w.message) for w in said)
     for name in (
         "bert.pooler.dense.weight",
@@ -480,7 +491,7 @@ def test_a_missing_head_starts_anew_and_is_named():
         "classifier.bias",
     ):
         assert name in message
-    assert message.startswith("SequenceClassification: the checkpoint lacks") and "cls." not in message
+    assert message.startswith("BERTForSequenceClassification: the checkpoint lacks") and "cls." not in message
     assert ours.classifier.weight.shape == (5, 32) and not ours.classifier.bias.any()
     same = BERT.from_pretrained(model).embeddings.state_dict()
     assert all(torch.equal(t, same[k]) for k, t in ours.bert.embeddings.state_dict().items())
@@ -490,7 +501,7 @@ def broken(change):
     """A folder of transformers, then change(folder, config, state) -> what is written over it."""
 
     def make(folder):
-        model = theirs("SequenceClassification")
+        model = theirs("BERTForSequenceClassification")
         config, state = model.config.to_dict(), model.state_dict()
         change(config, state)
         return written(folder, config, state)
@@ -531,7 +542,7 @@ QUERY, KEY = (f"bert.encoder.layer.1.attention.self.{part}.weight" for part in (
 ], ids=str)  # fmt: skip
 def test_a_wrong_checkpoint_is_one_clear_error(make, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as raised:
-        bert.SequenceClassification.from_pretrained(make(tmp_path))
+        bert.BERTForSequenceClassification.from_pretrained(make(tmp_path))
     assert "\n" not in str(raised.value)
 
 
@@ -540,8 +551,8 @@ def test_a_wrong_checkpoint_is_one_clear_error(make, message, tmp_path):
 
 def test_training_steps_through_triton():
     """The loss and every gradient of pre-training with padding, within 2 x eager's own error; then the dropout's draw repeats."""
-    model = tiny("PreTraining", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    inputs, labels = inputs_of("PreTraining", "left"), labels_of("PreTraining", "left")
+    model = tiny("BERTForPreTraining", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    inputs, labels = inputs_of("BERTForPreTraining", "left"), labels_of("BERTForPreTraining", "left")
     runs, before = [], backend.calls.copy()
     for name, twin in (
         ("triton", model),
@@ -556,7 +567,7 @@ def test_training_steps_through_triton():
     ran = {op: n for (op, name), n in (backend.calls - before).items() if name == "triton"}
     print(f"calls through Triton: {ran}")
     assert ran == {"position": 1, "attention": 2, "add_layer_norm": 4, "bias_gelu": 3, "layer_norm": 1}
-    model = tiny("PreTraining", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    model = tiny("BERTForPreTraining", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     losses = []
     with fastattn.use_backend("triton"):
         for seed in (1, 1, 2):
@@ -617,7 +628,7 @@ def test_minilm_is_that_of_transformers(minilm, tokens, monkeypatch):
 
 
 def test_minilm_ranks_sentences_through_triton(minilm, tokens):
-    model = silently(bert.SentenceEmbedding.from_pretrained, minilm)
+    model = silently(bert.BERTForSentenceEmbedding.from_pretrained, minilm)
     before = backend.calls.copy()
     with torch.no_grad(), fastattn.use_backend("triton"):
         e = model(*tokens)

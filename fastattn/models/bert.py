@@ -197,8 +197,8 @@ class Pretrained(nn.Module):
     architecture = "BertModel"  # transformers' name for it
 
     @classmethod
-    def from_pretrained(cls, source, **overrides):
-        """The model of a checkpoint folder (config.json, safetensors) or of a transformers BERT model, in fp32, in eval mode.
+    def from_pretrained(cls, source, *, device=None, dtype=torch.float32, **overrides):
+        """The model of a checkpoint folder (config.json, safetensors) or of a transformers BERT model, in evaluation mode.
 
         overrides: fields of BERTConfig, e.g. num_labels=3. Weights may lack the "bert." prefix and use the old names gamma and
         beta. A head (or pooler) that the checkpoint lacks starts anew, with a warning that names its parameters; heads
@@ -208,7 +208,7 @@ class Pretrained(nn.Module):
             config, state = source.config.to_dict(), source.state_dict()
         else:
             config, state = checkpoint.read(source)
-        model = cls(dataclasses.replace(BERTConfig.from_json(config), **overrides))
+        model = cls(dataclasses.replace(BERTConfig.from_json(config), **overrides)).to(device, dtype)
         ours = model.state_dict()
         prefix = "bert." if any(name.startswith("bert.") for name in ours) else ""
 
@@ -338,7 +338,7 @@ class BERT(Pretrained):
         return x_TC.new_zeros(B * S, x_TC.shape[1]).index_copy(0, rows_T, x_TC).view(B, S, -1)
 
 
-class SentenceEmbedding(BERT):
+class BERTForSentenceEmbedding(BERT):
     """Mean of the tokens' last hidden states, of length 1: what sentence-transformers' MiniLM and its kin compute."""
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, unpad=True):
@@ -405,7 +405,7 @@ def mean_cross_entropy(logits, labels):
     return total / (labels != -100).sum().clamp(min=1)
 
 
-class MaskedLM(Task):
+class BERTForMaskedLM(Task):
     """forward(input_ids, attention_mask, labels) -> logits, loss.
 
     labels (B, S): the token to find at each place, -100 elsewhere; then only those M places are projected onto the
@@ -422,7 +422,7 @@ class MaskedLM(Task):
         return self.cls["predictions"](hidden_BSC, self.bert.embeddings.word_embeddings.weight, labels)
 
 
-class NextSentence(Task):
+class BERTForNextSentencePrediction(Task):
     """forward(input_ids, attention_mask, labels) -> logits (B, 2), loss; label 0: the second segment continues the first."""
 
     architecture, pooler = "BertForNextSentencePrediction", True
@@ -435,10 +435,10 @@ class NextSentence(Task):
         return logits_B2, None if labels is None else mean_cross_entropy(logits_B2, labels)
 
 
-class PreTraining(Task):
+class BERTForPreTraining(Task):
     """forward(input_ids, attention_mask, labels, next_sentence_label) -> (token logits, next-sentence logits (B, 2)), loss.
 
-    Both tasks at once, as in MaskedLM and NextSentence; the loss is the sum of those whose labels are given.
+    Both tasks at once, as in BERTForMaskedLM and BERTForNextSentencePrediction; the loss is the sum of those whose labels are given.
     """
 
     architecture, pooler = "BertForPreTraining", True
@@ -457,7 +457,7 @@ class PreTraining(Task):
         return (logits, logits_B2), loss
 
 
-class SequenceClassification(Task):
+class BERTForSequenceClassification(Task):
     """forward(input_ids, attention_mask, labels) -> logits (B, num_labels), loss.
 
     labels: (B,) integers; (B, num_labels) floating, each label by itself (binary cross-entropy); (B,) numbers where
@@ -480,7 +480,7 @@ class SequenceClassification(Task):
         return logits_BN, mean_cross_entropy(logits_BN, labels)
 
 
-class TokenClassification(Task):
+class BERTForTokenClassification(Task):
     """forward(input_ids, attention_mask, labels) -> logits (B, S, num_labels), loss; labels (B, S)."""
 
     architecture = "BertForTokenClassification"
@@ -493,7 +493,7 @@ class TokenClassification(Task):
         return logits_BSN, None if labels is None else mean_cross_entropy(logits_BSN, labels)
 
 
-class QuestionAnswering(Task):
+class BERTForQuestionAnswering(Task):
     """forward(input_ids, attention_mask, start_positions, end_positions) -> (start logits, end logits) (B, S) each, loss.
 
     Padding's logits are the dtype's lowest, so that no answer lies there. A position (B,) that is negative or S and above does
@@ -523,7 +523,7 @@ class QuestionAnswering(Task):
         return ends, loss
 
 
-class MultipleChoice(Task):
+class BERTForMultipleChoice(Task):
     """forward(input_ids (B, N, S), attention_mask (B, N, S), labels (B,)) -> logits (B, N), loss, for N choices a question."""
 
     architecture, pooler = "BertForMultipleChoice", True
