@@ -41,17 +41,19 @@ __device__ inline RowDropoutKey row_dropout_key(const RowDropout& dropout) {
 
 // Drops and rescales columns n .. n + kVec - 1 of row m; kVec is 1, 2, 4 or 8 and n a multiple of it.
 template <int kVec>
-__device__ void drop(const RowDropoutKey& d, int64_t m, int64_t n, float (&v)[kVec]) {
-    const auto [word] = philox4x32_7(d.key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m),
-                                     static_cast<uint32_t>(m >> 32), d.offset);
-    const int first = static_cast<int>(n % 8);
+__device__ void drop(const RowDropoutKey& key, int64_t m, int64_t n, float (&v)[kVec]) {
+    auto [words] = philox4x32_7(key.key, static_cast<uint32_t>(n / 8), static_cast<uint32_t>(m),
+                                static_cast<uint32_t>(m >> 32), key.offset);
+    // The words of these columns to the front, by selects: an array indexed at run time would lie in memory.
+    if (kVec <= 4 && n & 4) {
+        words[0] = words[2];
+        words[1] = words[3];
+    }
+    if (kVec <= 2 && n & 2) words[0] = words[1];
 #pragma unroll
     for (int i = 0; i < kVec; i++) {
-        uint32_t bits = word[i / 2];
-#pragma unroll
-        for (int w = 1; w < 4; w++)
-            if (kVec < 8 && (first + i) / 2 == w) bits = word[w];
-        const uint32_t draw = (first + i) % 2 ? bits >> 16 : bits & 0xffffu;
-        v[i] = draw >= d.threshold ? v[i] * d.rescale : 0.0f;
+        const bool high = kVec == 1 ? n & 1 : i % 2;
+        const uint32_t draw = high ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
+        v[i] = draw >= key.threshold ? v[i] * key.rescale : 0.0f;
     }
 }

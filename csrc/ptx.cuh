@@ -53,4 +53,20 @@ void cp_async_wait() {
 
 #endif
 
+constexpr int kMostPending = 7;
+
+// The same for a number known at run time, up to kMostPending.
+__device__ inline void cp_async_wait(int pending) {
+    switch (pending) {
+        case 0: return cp_async_wait<0>();
+        case 1: return cp_async_wait<1>();
+        case 2: return cp_async_wait<2>();
+        case 3: return cp_async_wait<3>();
+        case 4: return cp_async_wait<4>();
+        case 5: return cp_async_wait<5>();
+        case 6: return cp_async_wait<6>();
+        default: return cp_async_wait<7>();
+    }
+}
+
 }  // namespace ptx

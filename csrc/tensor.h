@@ -88,11 +88,12 @@ struct Tensor {
     }
     bool contiguous() const {
         int64_t expected = 1;
+        bool so = true;
         for (int i = dl.ndim - 1; i >= 0; i--) {
-            if (dl.shape[i] != 1 && dl.strides[i] != expected) return false;
+            so &= dl.shape[i] == 1 || dl.strides[i] == expected;
             expected *= dl.shape[i];
         }
-        return true;
+        return so || expected == 0;
     }
 
     std::string dtype_name() const {
@@ -115,8 +116,13 @@ struct Tensor {
         throw py::type_error(std::string(name) + " is " + dtype_name() + ", must be float16, bfloat16 or float32");
     }
 
+    void require(bool fine, const char* need) const {
+        if (!fine) refuse(need);
+    }
     void require(bool fine, const std::string& need) const {
-        if (fine) return;
+        if (!fine) refuse(need);
+    }
+    [[noreturn]] void refuse(const std::string& need) const {
         std::string shape, strides;
         for (int i = 0; i < dl.ndim; i++) {
             shape += (i ? ", " : "") + std::to_string(dl.shape[i]);
@@ -124,5 +130,25 @@ struct Tensor {
         }
         throw py::value_error(std::string(name) + " is " + dtype_name() + " (" + shape + ") with strides (" + strides +
                               ") on " + device_name() + ", must be " + need);
+    }
+
+    // Where the rows of this (..., N) lie; false where they are more than two strides apart.
+    bool rows(Rows& at) const {
+        const int last = dl.ndim - 1;
+        int64_t size[2] = {1, 1}, stride[2] = {0, 0};  // innermost first
+        int uneven = 0;
+        for (int d = last - 1; d >= 0; d--) {
+            if (dl.shape[d] == 1) continue;
+            if (uneven && dl.strides[d] == size[uneven - 1] * stride[uneven - 1]) {
+                size[uneven - 1] *= dl.shape[d];
+            } else {
+                if (uneven == 2) return false;
+                size[uneven] = dl.shape[d];
+                stride[uneven++] = dl.strides[d];
+            }
+        }
+        const int64_t stride_n = dl.shape[last] > 1 ? dl.strides[last] : 1;
+        at = uneven == 2 ? Rows{size[0], stride[1], stride[0], stride_n} : Rows{1, stride[0], 0, stride_n};
+        return true;
     }
 };

@@ -171,6 +171,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float v) { return 1 / v; }
 inline float __fsqrt_rn(float v) { return sqrtf(v); }
+inline float __frsqrt_rn(float v) { return static_cast<float>(1 / sqrt(static_cast<double>(v))); }
 
 // The errors are those of the guide's appendix on mathematical functions.
 inline float rsqrtf(float v) { return emulation::approximate(static_cast<float>(1 / sqrt(double{v}))); }
