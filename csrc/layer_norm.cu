@@ -1,166 +1,689 @@
-// LayerNorm over the rows of x (M, N):  y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(var + eps)
+// Layer and RMS normalisation of rows, alone or after a residual add with dropout, forward and backward.
 //
-// One warp owns a row of up to 1024 columns, one block a longer one. Rows of up to 8192 columns are read once, 16 bytes
-// at a time, and stay in registers as fp32; longer ones are read three times, two of them mostly from cache, and so are
-// rows that are not aligned to 16 bytes or not contiguous, one column at a time. The variance is the mean of the squared
-// distances from the mean, taken in a second pass over the row, which also finds what rounding has left in the mean:
-// nothing cancels, however large the mean is.
-// All arithmetic is fp32 and sums have a fixed order. Read and written: 2 * M * N elements and 2 * M statistics.
+//   r = residual + dropout(x)                       (r = x without a residual), rounded to residual's dtype
+//   y = (r - mean) * rstd * weight + bias,          rstd = 1 / sqrt(var + eps)
+//   g = dy * weight, x_hat = (r - mean) * rstd
+//   dr = rstd * (g - x_hat * sum(g * x_hat) / N - sum(g) / N),  dweight = sum_m dy * x_hat,  dbias = sum_m dy
+//
+// RMS drops the mean, the bias and the sum(g) term. Arithmetic is fp32, sums have a fixed order, nothing is atomic.
+//
+// Forward: 8 threads own a row of up to 256 columns, a warp one of up to 3072, a block a longer one. A row of up to 32768
+// stays in registers; a longer one is read twice, backwards the second time. Each thread takes mean and squared deviations
+// of its own values and these are merged, then a second sum finds what rounding has left in the mean: nothing cancels,
+// however large the mean is. Bound by memory: 2 MN elements plain, 4 MN with residual and r; at 64 registers 1024
+// threads an SM keep 64 KB of loads in flight, enough for the DRAM's latency; predicted 90 % of copy bandwidth.
+// Backward: one block an SM walks all rows. Rows arrive through a ring of asynchronous copies, 2 to 4 rows deep, in which
+// each thread reads back only what it copied itself, so that no barrier guards it; registers hold the thread's share of
+// dweight and dbias, one fp32 row of partial sums a block is written, and a second kernel adds these. 3 MN and 8 N bytes
+// of partials an SM (2 % of a 16-bit call from M = 9000 on); 60 KB and more in flight; predicted 85 % of copy bandwidth.
+// Rows too long for that (16384 columns, less where they are fp32), or unaligned, take two kernels: the two sums of each
+// row, then dx and the partial sums by blocks of columns: 5 MN.
 
 #include "rt.cuh"
 
 #include "launchers.h"
+#include "philox.cuh"
+#include "ptx.cuh"
+
+#include <type_traits>
 
 namespace {
 
-// The part of a row that one thread sees: kVec columns out of every kThreads * kVec. kHeld such vectors fit into its
-// registers; 0 stands for a row that does not, and is read anew on every pass.
-template <typename T, int kVec, int kThreads, int kHeld>
-struct Row {
-    const T* gX;
-    int64_t stride, N;
-    int thread;
-    float r[kHeld ? kHeld : 1][kVec];
+// Calls body with a value of the dtype of what stands beside x: float where `wide`, else T.
+template <typename T, typename Body>
+__device__ void with_dtype(bool wide, Body body) {
+    if (std::is_same_v<T, float> || wide)
+        body(float{});
+    else
+        body(T{});
+}
 
-    __device__ void fetch(int64_t n, float (&v)[kVec]) const {
-        if constexpr (kVec == 1)
-            v[0] = to_float(gX[n * stride]);
-        else
-            load<kVec>(gX + n, v);
+// The part of a row that one thread sees at a time: up to kHeld vectors of kVec neighbouring columns, kStep apart.
+template <int kVec, int kThreads, int kHeld>
+struct Chunk {
+    static constexpr int kStep = kVec * kThreads, kColumns = kStep * kHeld;
+
+    int64_t first;  // column
+    int left;       // columns of the row from there on
+
+    __device__ Chunk(int64_t start, int thread, int64_t N) : first(start + thread * kVec) {
+        left = static_cast<int>(N - first < kColumns ? N - first : kColumns);
     }
 
-    // visit(n, v) with columns n .. n + kVec - 1, for all of this thread's vectors; the first pass also loads.
-    template <bool kFirst, typename Visit>
-    __device__ void pass(Visit visit) {
-        if constexpr (kHeld > 0) {
+    // visit(i, at): vector i, which starts `at` columns after the first.
+    template <typename Visit>
+    __device__ void each(Visit visit) const {
 #pragma unroll
-            for (int i = 0; i < kHeld; i++) {
-                const int n = (i * kThreads + thread) * kVec;
-                if (n >= N) continue;
-                if constexpr (kFirst) fetch(n, r[i]);
-                visit(n, r[i]);
-            }
-        } else {
-            for (int64_t n = thread * kVec; n < N; n += kThreads * kVec) {
-                fetch(n, r[0]);
-                visit(n, r[0]);
-            }
-        }
+        for (int i = 0; i < kHeld; i++)
+            if (i * kStep < left) visit(i, i * kStep);
+    }
+
+    // As each, but in a loop: where nothing in registers is indexed by i.
+    template <typename Visit>
+    __device__ void each_rolled(Visit visit) const {
+#pragma unroll 1
+        for (int i = 0; i * kStep < left; i++) visit(i, i * kStep);
+    }
+
+    __device__ int vectors() const { return left <= 0 ? 0 : left > kColumns - kStep ? kHeld : (left + kStep - 1) / kStep; }
+
+    // Element `at` of a row of tensor `base` that starts at element `row`.
+    template <typename S>
+    __device__ const S* from(const void* base, int64_t row, int64_t stride_n, int at = 0) const {
+        return static_cast<const S*>(base) + row + (first + at) * (kVec > 1 ? 1 : stride_n);
     }
 };
 
-template <typename T, typename W, int kVec, int kThreads, int kHeld>
-__global__ void __launch_bounds__(kThreads > 128 ? kThreads : 128)
-    layer_norm_fwd_kernel(const void* gX, const void* gWeight, const void* gBias, void* gY, float* gMean, float* gRstd,
-                          int64_t stride_x_m, int64_t stride_x_n, int64_t M, int64_t N, float eps) {
-    constexpr int kRows = kThreads > 128 ? 1 : 128 / kThreads;
+template <typename S>
+__device__ float rounded(float v) {
+    return to_float(from_float<S>(v));
+}
+
+// Forward.
+
+constexpr int kSmallBlock = 128;
+__host__ __device__ constexpr int fwd_block(int threads) { return threads > kSmallBlock ? threads : kSmallBlock; }
+
+template <typename T, int kVec, int kThreads, int kHeld, bool kLoop>
+__global__ void __launch_bounds__(fwd_block(kThreads)) layer_norm_fwd_kernel(const LayerNormFwd a) {
+    using Columns = Chunk<kVec, kThreads, kHeld>;
+    constexpr int kRows = fwd_block(kThreads) / kThreads;
     const int64_t m = int64_t{blockIdx.x} * kRows + threadIdx.x / kThreads;
-    if (m >= M) return;  // a whole warp; where a block owns the row, there is one for each
-
+    if (kThreads >= 32 && m >= a.M) return;
+    const int64_t N = m < a.M ? a.N : 0;  // a part of a warp beyond the last row has no columns, but takes part in sums
     const int thread = threadIdx.x % kThreads;
-    Row<T, kVec, kThreads, kHeld> row{static_cast<const T*>(gX) + m * stride_x_m, stride_x_n, N, thread, {}};
-    const W* weight = static_cast<const W*>(gWeight);
-    const W* bias = static_cast<const W*>(gBias);
-    T* y = static_cast<T*>(gY) + m * N;
+    const auto dropout = a.dropout.seed ? row_dropout_key(a.dropout) : RowDropoutKey{};
 
-    float sum = 0;
-    row.template pass<true>([&](int64_t, const float(&v)[kVec]) {
+    float v[kHeld][kVec];
+    const auto load_row = [&](const Columns& c, bool keep) {
+        const T* x = c.template from<T>(a.x, row_start(a.x_rows, m), a.x_rows.stride_n);
 #pragma unroll
-        for (int i = 0; i < kVec; i++) sum += v[i];
-    });
-    const float mean = group_sum<kThreads>(sum) / static_cast<float>(N);
+        for (int i = 0; i < kHeld; i++)
+            for (int j = 0; j < kVec; j++) v[i][j] = 0;
+        c.each([&](int i, int at) { load<kVec>(x + at * (kVec > 1 ? 1 : a.x_rows.stride_n), v[i]); });
+        if (!a.residual) return;
 
-    float rest = 0, squares = 0;
-    row.template pass<false>([&](int64_t, const float(&v)[kVec]) {
+        if (a.dropout.seed) c.each([&](int i, int at) { drop(dropout, m, c.first + at, v[i]); });
+        with_dtype<T>(a.residual_wide, [&](auto zero) {
+            using S = decltype(zero);
+            const S* residual = c.template from<S>(a.residual, row_start(a.residual_rows, m), a.residual_rows.stride_n);
+            c.each([&](int i, int at) {
+                float u[kVec];
+                load<kVec>(residual + at * (kVec > 1 ? 1 : a.residual_rows.stride_n), u);
 #pragma unroll
-        for (int i = 0; i < kVec; i++) {
-            rest += v[i] - mean;
-            squares += (v[i] - mean) * (v[i] - mean);
+                for (int j = 0; j < kVec; j++) v[i][j] = rounded<S>(v[i][j] + u[j]);
+                if (keep && a.r) store<kVec>(static_cast<S*>(a.r) + m * N + c.first + at, v[i]);
+            });
+        });
+    };
+
+    // Of this thread's values.
+    float count = 0, mean = 0, squares = 0;
+    int64_t start = 0;
+    for (;; start += Columns::kColumns) {
+        const Columns c(start, thread, N);
+        load_row(c, true);
+        float sum = 0, squares_here = 0;
+#pragma unroll
+        for (int i = 0; i < kHeld; i++)
+#pragma unroll
+            for (int j = 0; j < kVec; j++) sum += v[i][j];
+        const float more = c.vectors() * kVec, mean_here = a.rms || more == 0 ? 0.0f : sum / more;
+        c.each([&](int i, int) {
+#pragma unroll
+            for (int j = 0; j < kVec; j++) squares_here += (v[i][j] - mean_here) * (v[i][j] - mean_here);
+        });
+        if (more > 0) {
+            const float delta = mean_here - mean, share = more / (count + more);
+            mean += delta * share;
+            squares += squares_here + delta * delta * count * share;
+            count += more;
         }
-    });
-    rest = group_sum<kThreads>(rest) / static_cast<float>(N);  // what rounding has left in the mean
-    const float rstd = rsqrtf(group_sum<kThreads>(squares) / static_cast<float>(N) - rest * rest + eps);
+        if (!kLoop || start + Columns::kColumns >= N) break;
+    }
 
-    row.template pass<false>([&](int64_t n, const float(&v)[kVec]) {
-        float w[kVec], b[kVec], out[kVec];
-        if (weight) load<kVec>(weight + n, w);
-        if (bias) load<kVec>(bias + n, b);
+    const float about = group_sum<kThreads>(a.rms ? 0.0f : mean * count) / static_cast<float>(a.N);
+    const float delta = count > 0 ? mean - about : 0.0f;
+    float sums[] = {delta * count, squares + delta * delta * count};
+    group_sum<kThreads>(sums);
+    const float rest = a.rms ? 0.0f : sums[0] / static_cast<float>(a.N);  // what rounding has left in `about`
+    const float variance = sums[1] / static_cast<float>(a.N) - rest * rest;
+    const float rstd = __frsqrt_rn((variance < 0 ? 0.0f : variance) + a.eps);
+
+    for (bool held = true;; held = false, start -= Columns::kColumns) {
+        const Columns c(start, thread, N);
+        if (kLoop && !held) load_row(c, false);
+        with_dtype<T>(a.weights_wide, [&](auto zero) {
+            using W = decltype(zero);
+            const W* weight = static_cast<const W*>(a.weight) + c.first;
+            const W* bias = static_cast<const W*>(a.bias) + c.first;
+            c.each([&](int i, int at) {
+                float w[kVec], out[kVec];
 #pragma unroll
-        for (int i = 0; i < kVec; i++) {
-            out[i] = (v[i] - mean - rest) * rstd;
-            if (weight) out[i] *= w[i];
-            if (bias) out[i] += b[i];
-        }
-        store<kVec>(y + n, out);
-    });
+                for (int j = 0; j < kVec; j++) out[j] = (v[i][j] - about - rest) * rstd;
+                if (a.weight) {
+                    load<kVec>(weight + at, w);
+#pragma unroll
+                    for (int j = 0; j < kVec; j++) out[j] *= w[j];
+                }
+                if (a.bias) {
+                    load<kVec>(bias + at, w);
+#pragma unroll
+                    for (int j = 0; j < kVec; j++) out[j] += w[j];
+                }
+                store_either<T>(a.y, a.y_wide, m * N + c.first + at, out);
+            });
+        });
+        if (!kLoop || start == 0) break;
+    }
 
-    if (thread == 0) {
-        gMean[m] = mean + rest;
-        gRstd[m] = rstd;
+    if (thread == 0 && m < a.M) {
+        if (a.mean) a.mean[m] = about + rest;
+        if (a.rstd) a.rstd[m] = rstd;
     }
 }
 
-using Kernel = void (*)(const void*, const void*, const void*, void*, float*, float*, int64_t, int64_t, int64_t,
-                        int64_t, float);
+// Backward.
 
-struct Choice {
-    Kernel kernel;
-    int threads;  // per row
+// A gradient and the normalised value it belongs to.
+template <int kVec>
+struct Pair {
+    float dy[kVec], x_hat[kVec];
+
+    __device__ void normalise(float mean, float rstd) {
+#pragma unroll
+        for (int j = 0; j < kVec; j++) x_hat[j] = (x_hat[j] - mean) * rstd;
+    }
 };
 
-// Row lengths at which the next variant takes over, ascending; never timed on a GPU yet.
-constexpr int64_t kShort = 256, kWarp = 1024, kBlock = 8192;
-constexpr int64_t kOneOfEach[] = {kShort, kWarp, kBlock, kBlock + 1};
+// v *= weight at columns n ..
+template <typename T, int kVec>
+__device__ void times_weight(const LayerNormBwd& a, int64_t n, float (&v)[kVec]) {
+    if (!a.weight) return;
+    float w[kVec];
+    load_either<T>(a.weight, a.weights_wide, n, w);
+#pragma unroll
+    for (int j = 0; j < kVec; j++) v[j] *= w[j];
+}
 
-template <typename T, typename W, int kVec>
-Choice choose(int64_t N) {
-    if (N <= kShort) return {layer_norm_fwd_kernel<T, W, kVec, 32, kShort / 32 / kVec>, 32};
-    constexpr bool kHold = kVec > 1;  // 32 strided columns in registers need 32 addresses beside them, and spill
-    if (N <= kWarp) return {layer_norm_fwd_kernel<T, W, kVec, 32, kHold ? kWarp / 32 / kVec : 0>, 32};
-    if (N <= kBlock) return {layer_norm_fwd_kernel<T, W, kVec, 256, kHold ? kBlock / 256 / kVec : 0>, 256};
-    return {layer_norm_fwd_kernel<T, W, kVec, 512, 0>, 512};
+// The gradient of r at columns n .. of row m, to the residual as it is, to x through the dropout.
+template <typename T, int kVec>
+__device__ void store_gradient(const LayerNormBwd& a, const RowDropoutKey& dropout, int64_t m, int64_t n,
+                               float (&v)[kVec]) {
+    if (a.dresidual) store_either<T>(a.dresidual, a.r_wide, m * a.N + n, v);
+    if (!a.dx) return;
+    if (a.dropout.seed) drop(dropout, m, n, v);
+    store<kVec>(static_cast<T*>(a.dx) + m * a.N + n, v);
+}
+
+// Rows on their way: `stages` of them for each group of threads, each of `vectors` vectors of dy, r and, if given, dr for
+// every thread. Pieces of 16 bytes, those of neighbouring threads side by side.
+struct Ring {
+    int stages, vectors;
+};
+
+template <typename T>
+constexpr int kPieceElements = 16 / sizeof(T);
+
+// Pieces to a vector of T, or as many floats.
+template <typename T>
+__host__ __device__ constexpr int pieces(bool wide) {
+    return wide ? sizeof(float) / sizeof(T) : 1;
 }
 
 template <typename T>
-Choice choose(bool fp32_weights, bool vectors, int64_t N) {
-    constexpr int kVec = 16 / sizeof(T);
-    if (fp32_weights) return vectors ? choose<T, float, kVec>(N) : choose<T, float, 1>(N);
-    return vectors ? choose<T, T, kVec>(N) : choose<T, T, 1>(N);
+__host__ __device__ int stage_pieces(const LayerNormBwd& a, int vectors) {
+    return vectors * (pieces<T>(a.dy_wide) + (a.dr ? 2 : 1) * pieces<T>(a.r_wide));
 }
 
-Choice choose(int x_dtype, bool fp32_weights, bool vectors, int64_t N) {
-    if (x_dtype == kFloat16) return choose<__half>(fp32_weights, vectors, N);
-    if (x_dtype == kBFloat16) return choose<__nv_bfloat16>(fp32_weights, vectors, N);
-    return choose<float>(true, vectors, N);
+template <typename T, int kBlock>
+__device__ void copy_vector(unsigned char* to, const void* from, bool wide, int64_t at) {
+    if (!wide) return ptx::cp_async_16(to, static_cast<const T*>(from) + at);
+#pragma unroll
+    for (int p = 0; p < pieces<T>(true); p++)
+        ptx::cp_async_16_cached(to + p * kBlock * 16, static_cast<const float*>(from) + at + 4 * p);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+template <typename T, int kBlock, int kVec>
+__device__ void read_vector(const unsigned char* from, bool wide, float (&v)[kVec]) {
+    if (!wide) return load<kVec>(reinterpret_cast<const T*>(from), v);
+#pragma unroll
+    for (int p = 0; p < pieces<T>(true); p++) {
+        float four[4];
+        load<4>(reinterpret_cast<const float*>(from + p * kBlock * 16), four);
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[4 * p + j] = four[j];
+    }
+}
+
+template <typename T, int kThreads, int kHeld, int kBlock>
+__global__ void __launch_bounds__(kBlock, 1) layer_norm_bwd_kernel(const LayerNormBwd a, const Ring ring) {
+    constexpr int kVec = kPieceElements<T>, kRows = kBlock / kThreads;
+    constexpr int kPiece = kBlock * 16;  // bytes from one piece of a thread to its next
+    using Columns = Chunk<kVec, kThreads, kHeld>;
+    const int group = threadIdx.x / kThreads;
+    const int64_t step = int64_t{gridDim.x} * kRows;
+    const auto dropout = a.dropout.seed ? row_dropout_key(a.dropout) : RowDropoutKey{};
+    const int dy_pieces = pieces<T>(a.dy_wide), r_pieces = pieces<T>(a.r_wide);
+    const int stage_bytes = stage_pieces<T>(a, ring.vectors) * kPiece;
+    SMEM_DYN(sRing, 16);
+    unsigned char* sMine = sRing + threadIdx.x * 16;
+    // Where dy, r and dr of vector i lie in a stage.
+    const auto dy_at = [&](int i) { return i * dy_pieces * kPiece; };
+    const auto r_at = [&](int i) { return (ring.vectors * dy_pieces + i * r_pieces) * kPiece; };
+    const auto dr_at = [&](int i) { return (ring.vectors * (dy_pieces + r_pieces) + i * r_pieces) * kPiece; };
+
+    const auto fetch = [&](int64_t m, int stage) {
+        if (m < a.M) {
+            const Columns c(0, threadIdx.x % kThreads, a.N);
+            unsigned char* to = sMine + stage * stage_bytes;
+            const int64_t dy = row_start(a.dy_rows, m) + c.first, r = row_start(a.r_rows, m) + c.first;
+            c.each_rolled([&](int i, int at) {
+                copy_vector<T, kBlock>(to + dy_at(i), a.dy, a.dy_wide, dy + at);
+                copy_vector<T, kBlock>(to + r_at(i), a.r, a.r_wide, r + at);
+            });
+            if (a.dr) {
+                const int64_t dr = row_start(a.dr_rows, m) + c.first;
+                c.each_rolled([&](int i, int at) { copy_vector<T, kBlock>(to + dr_at(i), a.dr, a.r_wide, dr + at); });
+            }
+        }
+        ptx::cp_async_commit();
+    };
+
+    float dweight[kHeld][kVec] = {}, dbias[kHeld][kVec] = {};
+    int64_t first = int64_t{blockIdx.x} * kRows;  // of the rows that this block's groups work on
+    for (int s = 0; s < ring.stages - 1; s++) fetch(first + s * step + group, s);
+    float mean_next = 0, rstd_next = 0;
+    const auto load_statistics = [&](int64_t m) {
+        if (m >= a.M) return;
+        if (!a.rms) mean_next = a.mean[m];
+        rstd_next = a.rstd[m];
+    };
+    load_statistics(first + group);
+
+    for (int stage = 0; first < a.M; first += step, stage = stage + 1 == ring.stages ? 0 : stage + 1) {
+        const int64_t m = first + group;
+        const float mean = mean_next, rstd = rstd_next;
+        load_statistics(m + step);
+        fetch(m + (ring.stages - 1) * step, stage == 0 ? ring.stages - 1 : stage - 1);
+        ptx::cp_async_wait(ring.stages - 1);
+
+        const Columns c(0, threadIdx.x % kThreads, m < a.M ? a.N : 0);
+        const unsigned char* from = sMine + stage * stage_bytes;
+        const auto read = [&](int i) {
+            Pair<kVec> pair;
+            read_vector<T, kBlock>(from + dy_at(i), a.dy_wide, pair.dy);
+            read_vector<T, kBlock>(from + r_at(i), a.r_wide, pair.x_hat);
+            pair.normalise(mean, rstd);
+            return pair;
+        };
+
+        float sums[2] = {};
+        c.each([&](int i, int at) {
+            Pair<kVec> pair = read(i);
+#pragma unroll
+            for (int j = 0; j < kVec; j++) {
+                dweight[i][j] += pair.dy[j] * pair.x_hat[j];
+                dbias[i][j] += pair.dy[j];
+            }
+            times_weight<T>(a, c.first + at, pair.dy);
+#pragma unroll
+            for (int j = 0; j < kVec; j++) {
+                sums[0] += pair.dy[j] * pair.x_hat[j];
+                sums[1] += pair.dy[j];
+            }
+        });
+        group_sum<kThreads>(sums);
+        const float slope = sums[0] / static_cast<float>(a.N), level = a.rms ? 0.0f : sums[1] / static_cast<float>(a.N);
+
+        c.each_rolled([&](int i, int at) {
+            Pair<kVec> pair = read(i);
+            times_weight<T>(a, c.first + at, pair.dy);
+            float out[kVec], dr[kVec];
+#pragma unroll
+            for (int j = 0; j < kVec; j++) out[j] = (pair.dy[j] - pair.x_hat[j] * slope - level) * rstd;
+            if (a.dr) {
+                read_vector<T, kBlock>(from + dr_at(i), a.r_wide, dr);
+#pragma unroll
+                for (int j = 0; j < kVec; j++) out[j] += dr[j];
+            }
+            store_gradient<T>(a, dropout, m, c.first + at, out);
+        });
+    }
+
+    // The groups' shares, added in the order of the groups.
+    const Columns c(0, threadIdx.x % kThreads, a.N);
+    const auto combine = [&](const float(&share)[kHeld][kVec], float* gPartial) {
+        if (!gPartial) return;
+        gPartial += blockIdx.x * a.N;
+        if constexpr (kRows == 1) {
+            c.each([&](int i, int at) { store<kVec>(gPartial + c.first + at, share[i]); });
+        } else {
+            float* sShare = reinterpret_cast<float*>(sRing);
+            __syncthreads();  // the ring, and then what the call before this one left in it, has been read
+            c.each([&](int i, int at) { store<kVec>(sShare + group * a.N + c.first + at, share[i]); });
+            __syncthreads();
+            for (int n = threadIdx.x; n < a.N; n += kBlock) {
+                float sum = 0;
+                for (int g = 0; g < kRows; g++) sum += sShare[g * a.N + n];
+                gPartial[n] = sum;
+            }
+        }
+    };
+    combine(dweight, a.partial_dweight);
+    combine(dbias, a.partial_dbias);
+}
+
+constexpr int kSumWarps = 8;
+
+// dweight and dbias of 32 columns from the G rows of partial sums.
+__global__ void __launch_bounds__(32 * kSumWarps) layer_norm_bwd_partials_kernel(const LayerNormBwd a, int64_t G) {
+    const float* gPartial = blockIdx.y ? a.partial_dbias : a.partial_dweight;
+    void* gOut = blockIdx.y ? a.dbias : a.dweight;
+    if (!gPartial) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t n = int64_t{blockIdx.x} * 32 + lane;
+    SMEM_ARRAY(float, sSum, [kSumWarps][32]);
+    float sum = 0;
+    if (n < a.N) {
+#pragma unroll 4
+        for (int64_t g = warp; g < G; g += kSumWarps) sum += gPartial[g * a.N + n];
+    }
+    sSum[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || n >= a.N) return;
+    sum = 0;
+#pragma unroll
+    for (int w = 0; w < kSumWarps; w++) sum += sSum[w][lane];
+    const float one[] = {sum};
+    if (a.gradient_dtype == kFloat16)
+        store<1>(static_cast<__half*>(gOut) + n, one);
+    else if (a.gradient_dtype == kBFloat16)
+        store<1>(static_cast<__nv_bfloat16*>(gOut) + n, one);
+    else
+        store<1>(static_cast<float*>(gOut) + n, one);
+}
+
+// dy and x_hat of columns n .. of row m.
+template <typename T, int kVec>
+__device__ Pair<kVec> load_pair(const LayerNormBwd& a, int64_t m, int64_t n, float mean, float rstd) {
+    Pair<kVec> pair;
+    load_either<T>(a.dy, a.dy_wide, row_start(a.dy_rows, m) + n * a.dy_rows.stride_n, pair.dy);
+    load_either<T>(a.r, a.r_wide, row_start(a.r_rows, m) + n * a.r_rows.stride_n, pair.x_hat);
+    pair.normalise(mean, rstd);
+    return pair;
+}
+
+// sums[m] = sum(g * x_hat) / N, sum(g) / N.
+template <typename T, int kVec, int kThreads>
+__global__ void __launch_bounds__(256) layer_norm_bwd_sums_kernel(const LayerNormBwd a) {
+    constexpr int kRows = 256 / kThreads;
+    const int64_t m = int64_t{blockIdx.x} * kRows + threadIdx.x / kThreads;
+    if (m >= a.M) return;  // a whole warp, or the block
+    const float mean = a.rms ? 0.0f : a.mean[m], rstd = a.rstd[m];
+    float sums[2] = {};
+#pragma unroll 2
+    for (int64_t n = threadIdx.x % kThreads * kVec; n < a.N; n += kThreads * kVec) {
+        Pair<kVec> pair = load_pair<T, kVec>(a, m, n, mean, rstd);
+        times_weight<T>(a, n, pair.dy);
+#pragma unroll
+        for (int j = 0; j < kVec; j++) {
+            sums[0] += pair.dy[j] * pair.x_hat[j];
+            sums[1] += pair.dy[j];
+        }
+    }
+    group_sum<kThreads>(sums);
+    if (threadIdx.x % kThreads == 0) {
+        a.sums[2 * m] = sums[0] / static_cast<float>(a.N);
+        a.sums[2 * m + 1] = a.rms ? 0.0f : sums[1] / static_cast<float>(a.N);
+    }
+}
+
+// dx, and the share of dweight and dbias, of `width` vectors of columns and every gridDim.y-th group of 256 / width rows.
+template <typename T, int kVec>
+__global__ void __launch_bounds__(256) layer_norm_bwd_columns_kernel(const LayerNormBwd a, int width) {
+    const int lane = threadIdx.x % width, rows = 256 / width;
+    const int64_t n = (int64_t{blockIdx.x} * width + lane) * kVec;
+    const auto dropout = a.dropout.seed ? row_dropout_key(a.dropout) : RowDropoutKey{};
+    float dweight[kVec] = {}, dbias[kVec] = {}, w[kVec];
+    if (n < a.N) {
+#pragma unroll
+        for (int j = 0; j < kVec; j++) w[j] = 1;
+        times_weight<T>(a, n, w);
+        for (int64_t m = int64_t{blockIdx.y} * rows + threadIdx.x / width; m < a.M; m += int64_t{gridDim.y} * rows) {
+            const float rstd = a.rstd[m], slope = a.sums[2 * m], level = a.sums[2 * m + 1];
+            const auto pair = load_pair<T, kVec>(a, m, n, a.rms ? 0.0f : a.mean[m], rstd);
+            float out[kVec], dr[kVec] = {};
+            if (a.dr) load_either<T>(a.dr, a.r_wide, row_start(a.dr_rows, m) + n * a.dr_rows.stride_n, dr);
+#pragma unroll
+            for (int j = 0; j < kVec; j++) {
+                dweight[j] += pair.dy[j] * pair.x_hat[j];
+                dbias[j] += pair.dy[j];
+                out[j] = (pair.dy[j] * w[j] - pair.x_hat[j] * slope - level) * rstd + dr[j];
+            }
+            store_gradient<T>(a, dropout, m, n, out);
+        }
+    }
+
+    using Share = Vec<float, kVec>;
+    SMEM_ARRAY(Share, sShare, [256]);
+    const auto combine = [&](const float(&share)[kVec], float* gPartial) {
+        if (!gPartial) return;
+        __syncthreads();
+        store<kVec>(sShare[threadIdx.x].at, share);
+        __syncthreads();
+        if (threadIdx.x >= width || n >= a.N) return;
+        float sum[kVec] = {};
+        for (int row = 0; row < rows; row += 16) {  // of sums of 16: less rounding than one long sum
+            float some[kVec] = {}, part[kVec];
+            for (int i = row; i < row + 16 && i < rows; i++) {
+                load<kVec>(sShare[i * width + lane].at, part);
+#pragma unroll
+                for (int j = 0; j < kVec; j++) some[j] += part[j];
+            }
+#pragma unroll
+            for (int j = 0; j < kVec; j++) sum[j] += some[j];
+        }
+        store<kVec>(gPartial + blockIdx.y * a.N + n, sum);
+    };
+    combine(dweight, a.partial_dweight);
+    combine(dbias, a.partial_dbias);
+}
+
+// Choice of kernels. The limits come from register counts; none has been timed on a GPU yet.
+
+struct Forward {
+    int64_t longest;  // row
+    void (*kernel)(LayerNormFwd);
+    int threads;  // to a row
+};
+
+constexpr int64_t kAnyLength = INT64_MAX;
+
+template <typename T, bool kVectors>
+const auto& forward_table() {
+    if constexpr (kVectors) {
+        constexpr int kVec = kPieceElements<T>, kHeld = 32 / kVec;
+        static const Forward table[] = {
+            {256, layer_norm_fwd_kernel<T, kVec, 8, kHeld, false>, 8},
+            {1024, layer_norm_fwd_kernel<T, kVec, 32, kHeld, false>, 32},
+            {3072, layer_norm_fwd_kernel<T, kVec, 32, 3 * kHeld, false>, 32},
+            {8192, layer_norm_fwd_kernel<T, kVec, 256, kHeld, false>, 256},
+            {32768, layer_norm_fwd_kernel<T, kVec, 512, 2 * kHeld, false>, 512},
+            {kAnyLength, layer_norm_fwd_kernel<T, kVec, 512, kHeld, true>, 512},
+        };
+        return table;
+    } else {
+        static const Forward table[] = {
+            {256, layer_norm_fwd_kernel<T, 1, 32, 8, false>, 32},
+            {2048, layer_norm_fwd_kernel<T, 1, 256, 8, false>, 256},
+            {8192, layer_norm_fwd_kernel<T, 1, 512, 16, false>, 512},
+            {kAnyLength, layer_norm_fwd_kernel<T, 1, 512, 8, true>, 512},
+        };
+        return table;
+    }
+}
+
+struct Backward {
+    int64_t longest;  // row
+    void (*kernel)(LayerNormBwd, Ring);
+    int threads, block;  // to a row, to a block
+};
+
+template <typename T>
+const auto& backward_table() {
+    constexpr int kHeld = 32 / kPieceElements<T>;
+    static const Backward table[] = {
+        {256, layer_norm_bwd_kernel<T, 8, kHeld, 256>, 8, 256},
+        {1024, layer_norm_bwd_kernel<T, 32, kHeld, 256>, 32, 256},
+        {2048, layer_norm_bwd_kernel<T, 32, 2 * kHeld, 256>, 32, 256},
+        {8192, layer_norm_bwd_kernel<T, 256, kHeld, 256>, 256, 256},
+        {16384, layer_norm_bwd_kernel<T, 512, kHeld, 512>, 512, 512},
+    };
+    return table;
+}
+
+// The two kernels of rows that the ring does not take; two sizes of the first.
+struct ByColumns {
+    void (*warp_sums)(LayerNormBwd);
+    void (*block_sums)(LayerNormBwd);
+    void (*columns)(LayerNormBwd, int);
+    int vec;
+};
+
+template <typename T, bool kVectors>
+ByColumns by_columns() {
+    constexpr int kVec = kVectors ? kPieceElements<T> : 1;
+    return {layer_norm_bwd_sums_kernel<T, kVec, 32>, layer_norm_bwd_sums_kernel<T, kVec, 256>,
+            layer_norm_bwd_columns_kernel<T, kVec>, kVec};
+}
+
+template <typename Body>
+int with_element(int dtype, Body body) {
+    if (dtype == kFloat16) return body(__half{});
+    if (dtype == kBFloat16) return body(__nv_bfloat16{});
+    return body(float{});
+}
+
+int element_bytes(int dtype, bool wide) { return wide || dtype == kFloat32 ? 4 : 2; }
+
+// Whether every row of a tensor (absent ones are null) starts on 16 bytes and is contiguous.
+bool vector_rows(const void* base, const Rows& rows, int bytes) {
+    return !base || (aligned(base) && rows.stride_n == 1 && rows.stride_outer * bytes % 16 == 0 &&
+                     rows.stride_inner * bytes % 16 == 0);
+}
+
+// Shared memory that a block may have here beside `fixed` bytes of its own.
+int shared_memory(int fixed) {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+        return 0;
+    return bytes - fixed;
+}
+
+constexpr int kInFlight = 64 * 1024;       // bytes under way on an SM that are enough
+constexpr int kReductionBytes = 1024;  // at least what group_sum takes
+
+template <typename T>
+int backward(const LayerNormBwd& a, void* stream) {
+    const bool vectors = a.N % kPieceElements<T> == 0 && vector_rows(a.dy, a.dy_rows, element_bytes(a.dtype, a.dy_wide)) &&
+                         vector_rows(a.r, a.r_rows, element_bytes(a.dtype, a.r_wide)) &&
+                         vector_rows(a.dr, a.dr_rows, element_bytes(a.dtype, a.r_wide)) && aligned(a.weight) &&
+                         aligned(a.dx) && aligned(a.dresidual) && aligned(a.partial_dweight) && aligned(a.partial_dbias);
+    int64_t G = 0;
+    const int available = vectors ? shared_memory(kReductionBytes) : 0;
+    for (const Backward& row : backward_table<T>()) {
+        if (!vectors || a.N > row.longest) continue;
+        const int64_t step = row.threads * kPieceElements<T>, rows = row.block / row.threads;
+        Ring ring{0, static_cast<int>((a.N + step - 1) / step)};
+        const int stage = stage_pieces<T>(a, ring.vectors) * row.block * 16;
+        while (ring.stages <= ptx::kMostPending && (ring.stages + 1) * stage <= available &&
+               (ring.stages < 2 || (ring.stages - 1) * stage < kInFlight))
+            ring.stages++;
+        if (ring.stages < 2) continue;
+        const int64_t row_groups = (a.M + rows - 1) / rows;
+        G = row_groups < a.partial_rows ? row_groups : a.partial_rows;
+        const int code = KLAUNCH(row.kernel, static_cast<unsigned>(G), row.block, ring.stages * stage, stream, a, ring);
+        if (code != cudaSuccess) return code;
+        break;
+    }
+    if (G == 0) {
+        const ByColumns kernels = vectors ? by_columns<T, true>() : by_columns<T, false>();
+        const int64_t rows = a.N <= 1024 ? 8 : 1, grid = (a.M + rows - 1) / rows;
+        if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
+        const auto sums = rows > 1 ? kernels.warp_sums : kernels.block_sums;
+        int code = KLAUNCH(sums, static_cast<unsigned>(grid), 256, 0, stream, a);
+        if (code != cudaSuccess) return code;
+        int width = 256;
+        while (width > 1 && (width / 2) * kernels.vec >= a.N) width /= 2;
+        const int64_t tiles = (a.N + width * kernels.vec - 1) / (width * kernels.vec), row_groups = (a.M * width + 255) / 256;
+        G = row_groups < a.partial_rows ? row_groups : a.partial_rows;
+        code = KLAUNCH(kernels.columns, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(G)), 256, 0, stream, a, width);
+        if (code != cudaSuccess) return code;
+    }
+    if (!a.partial_dweight && !a.partial_dbias) return cudaSuccess;
+    const dim3 grid(static_cast<unsigned>((a.N + 31) / 32), 2);
+    return KLAUNCH(layer_norm_bwd_partials_kernel, grid, 32 * kSumWarps, 0, stream, a, G);
+}
+
+template <typename T>
+int forward(const LayerNormFwd& a, void* stream) {
+    const bool vectors = a.N % kPieceElements<T> == 0 && vector_rows(a.x, a.x_rows, sizeof(T)) &&
+                         vector_rows(a.residual, a.residual_rows, element_bytes(a.dtype, a.residual_wide)) &&
+                         aligned(a.weight) && aligned(a.bias) && aligned(a.y) && aligned(a.r);
+    const auto run = [&](const auto& table) -> int {
+        const Forward* row = table;
+        while (a.N > row->longest) row++;
+        const int block = fwd_block(row->threads);
+        const int64_t rows = block / row->threads, grid = (a.M + rows - 1) / rows;
+        if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
+        return KLAUNCH(row->kernel, static_cast<unsigned>(grid), block, 0, stream, a);
+    };
+    return vectors ? run(forward_table<T, true>()) : run(forward_table<T, false>());
+}
+
+template <typename... Kernel>
+int load_kernels(Kernel... kernels) {
+    int code = cudaSuccess;
+    cudaFuncAttributes attributes;
+    for (const void* kernel : {reinterpret_cast<const void*>(kernels)...})
+        if (code == cudaSuccess) code = cudaFuncGetAttributes(&attributes, kernel);
+    return code;
+}
+
+template <typename T>
+int prepare() {
+    int code = load_kernels(layer_norm_bwd_partials_kernel);
+    const auto load_forward = [&](const auto& table) {
+        for (const Forward& row : table)
+            if (code == cudaSuccess) code = load_kernels(row.kernel);
+    };
+    load_forward(forward_table<T, true>());
+    load_forward(forward_table<T, false>());
+    for (const ByColumns& kernels : {by_columns<T, true>(), by_columns<T, false>()})
+        if (code == cudaSuccess) code = load_kernels(kernels.warp_sums, kernels.block_sums, kernels.columns);
+    for (const Backward& row : backward_table<T>()) {
+        if (code == cudaSuccess) code = load_kernels(row.kernel);
+        if (code == cudaSuccess)
+            code = cudaFuncSetAttribute(reinterpret_cast<const void*>(row.kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory(kReductionBytes));
+    }
+    return code;
+}
 
 }  // namespace
 
-extern "C" int layer_norm_fwd(const void* x, const void* weight, const void* bias, void* y, float* mean, float* rstd,
-                              int64_t stride_x_m, int64_t stride_x_n, int64_t M, int64_t N, int x_dtype, int w_dtype,
-                              float eps, void* stream) {
-    const int64_t width = x_dtype == kFloat32 ? 4 : 8;
-    const bool vectors = stride_x_n == 1 && stride_x_m % width == 0 && N % width == 0 && aligned(x) && aligned(weight) &&
-                         aligned(bias) && aligned(y);
-    const Choice choice = choose(x_dtype, w_dtype == kFloat32, vectors, N);
-    const int block = choice.threads > 128 ? choice.threads : 128;
-    const int64_t rows = block / choice.threads, grid = (M + rows - 1) / rows;
-    if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
-    return KLAUNCH(choice.kernel, static_cast<unsigned>(grid), block, 0, stream, x, weight, bias, y, mean, rstd,
-                   stride_x_m, stride_x_n, M, N, eps);
+extern "C" int layer_norm_fwd(const LayerNormFwd* call, void* stream) {
+    return with_element(call->dtype, [&](auto zero) { return forward<decltype(zero)>(*call, stream); });
+}
+
+extern "C" int layer_norm_bwd(const LayerNormBwd* call, void* stream) {
+    return with_element(call->dtype, [&](auto zero) { return backward<decltype(zero)>(*call, stream); });
 }
 
 extern "C" int layer_norm_prepare() {
-    for (int x_dtype : {kFloat32, kFloat16, kBFloat16})
-        for (bool fp32_weights : {false, true})
-            for (bool vectors : {false, true})
-                for (int64_t N : kOneOfEach) {
-                    cudaFuncAttributes attributes;
-                    const auto kernel = choose(x_dtype, fp32_weights, vectors, N).kernel;
-                    const auto error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-                    if (error != cudaSuccess) return error;
-                }
+    for (int dtype : {kFloat32, kFloat16, kBFloat16})
+        if (const int code = with_element(dtype, [](auto zero) { return prepare<decltype(zero)>(); })) return code;
     return cudaSuccess;
 }

@@ -5,42 +5,142 @@
 
 namespace {
 
-void forward(py::handle x_, py::handle weight_, py::handle bias_, py::handle y_, py::handle mean_, py::handle rstd_,
-             double eps) {
-    const Tensor x(x_, "x"), y(y_, "y"), mean(mean_, "mean"), rstd(rstd_, "rstd");
-    const Call call(x);
-    x.require(x.dl.ndim == 2, "(M, N)");
-    const int64_t M = x.dl.shape[0], N = x.dl.shape[1];
+// The tensors of one call, beside its first one, which is (..., N). Absent ones are None and null.
+class Rowwise : public Call {
+  public:
+    Rowwise(const Tensor& first, Dtype dtype) : Call(first), dtype(dtype) {
+        first.require(first.dl.ndim >= 1, "(..., N)");
+        N = first.dl.shape[first.dl.ndim - 1];
+        M = 1;
+        for (int i = 0; i < first.dl.ndim - 1; i++) M *= first.dl.shape[i];
+    }
 
-    const auto beside_x = [&](const Tensor& t) { return call.beside(t) && t.contiguous(); };
-    y.require(beside_x(y) && y.dtype() == x.dtype() && y.numel() == M * N, "contiguous, of x's shape, dtype and device");
-    for (const Tensor* t : {&mean, &rstd})
-        t->require(beside_x(*t) && t->dtype() == kFloat32 && t->numel() == M, "float32 (M,), contiguous, on x's device");
+    // Rows of any strides, of dtype or, if wide, float32.
+    const void* rows(py::handle object, const char* name, Rows& at, bool& wide) const {
+        return object.is_none() ? nullptr : rows(Tensor(object, name), at, wide);
+    }
+    const void* rows(const Tensor& t, Rows& at, bool& wide) const {
+        if (!beside(t) || !t.dl.ndim || t.dl.shape[t.dl.ndim - 1] != N || t.numel() != M * N || !t.rows(at))
+            t.refuse(std::to_string(M) + " rows of N = " + std::to_string(N) +
+                     " no more than two strides apart, on the first tensor's device");
+        wide = is_wide(t);
+        return t.data();
+    }
 
-    const void *weight = nullptr, *bias = nullptr;
-    Dtype w_dtype = x.dtype();
-    const auto parameter = [&](py::handle object, const char* name, const void*& pointer) {
-        if (object.is_none()) return;
+    // Contiguous elements, of dtype or, if wide, float32.
+    void* flat(py::handle object, const char* name, int64_t numel, bool& wide) const {
+        return object.is_none() ? nullptr : flat(Tensor(object, name), numel, wide);
+    }
+    void* flat(const Tensor& t, int64_t numel, bool& wide) const {
+        wide = is_wide(t);
+        return flat(t, numel);
+    }
+    void* flat(py::handle object, const char* name, int64_t numel, Dtype of) const {
+        if (object.is_none()) return nullptr;
         const Tensor t(object, name);
-        const bool first = !weight;
-        t.require(beside_x(t) && t.numel() == N && (t.dtype() == kFloat32 || t.dtype() == x.dtype()) &&
-                      (first || t.dtype() == w_dtype),
-                  "N = " + std::to_string(N) + " contiguous elements on x's device, of x's dtype or float32, weight and "
-                  "bias alike");
-        w_dtype = t.dtype();
-        pointer = t.data();
-    };
-    parameter(weight_, "weight", weight);
-    parameter(bias_, "bias", bias);
-    if (M == 0 || N == 0) return;
+        if (t.dtype() != of) t.refuse("of dtype " + std::string(of == kFloat32 ? "float32" : "of the first tensor"));
+        return flat(t, numel);
+    }
 
-    call.run("layer_norm_fwd", [&](void* stream) {
-        return layer_norm_fwd(x.data(), weight, bias, y.data(), reinterpret_cast<float*>(mean.data()),
-                              reinterpret_cast<float*>(rstd.data()), x.dl.strides[0], x.dl.strides[1], M, N, x.dtype(),
-                              w_dtype, static_cast<float>(eps), stream);
-    });
+    RowDropout dropout(py::handle object, double p) const {
+        if (object.is_none()) return {};
+        const Tensor seed(object, "seed");
+        seed.require(beside(seed) && seed.contiguous() && seed.numel() == 2 && seed.dl.type_code == 0 && seed.dl.bits == 64,
+                     "int64 (2,), contiguous, on the first tensor's device");
+        return row_dropout(reinterpret_cast<const int64_t*>(seed.data()), p);
+    }
+
+    Dtype dtype;
+    int64_t M, N;
+
+  private:
+    bool is_wide(const Tensor& t) const {
+        t.require(t.dtype() == dtype || t.dtype() == kFloat32, "of x's dtype or float32");
+        return t.dtype() != dtype;
+    }
+    void* flat(const Tensor& t, int64_t numel) const {
+        if (!beside(t) || !t.contiguous() || t.numel() != numel)
+            t.refuse(std::to_string(numel) + " contiguous elements on the first tensor's device");
+        return t.data();
+    }
+};
+
+float* floats(void* p) { return static_cast<float*>(p); }
+
+// mean and rstd may be None, where no backward will want them.
+void forward(py::handle x_, py::handle residual, py::handle weight, py::handle bias, py::handle y, py::handle r,
+             py::handle mean, py::handle rstd, py::handle seed, double eps, double dropout_p, bool rms) {
+    const Tensor x(x_, "x");
+    const Rowwise call(x, x.dtype());
+    LayerNormFwd f{};
+    bool wide = false;
+    f.M = call.M;
+    f.N = call.N;
+    f.eps = static_cast<float>(eps);
+    f.dtype = call.dtype;
+    f.rms = rms;
+    f.x = call.rows(x, f.x_rows, wide);
+    f.residual = call.rows(residual, "residual", f.residual_rows, f.residual_wide);
+    f.weight = call.flat(weight, "weight", f.N, f.weights_wide);
+    f.bias = call.flat(bias, "bias", f.N, wide);
+    if (f.weight && f.bias && wide != f.weights_wide) throw py::type_error("weight and bias must have one dtype");
+    f.weights_wide = f.bias ? wide : f.weights_wide;
+    f.y = call.flat(Tensor(y, "y"), f.M * f.N, f.y_wide);
+    f.r = call.flat(r, "r", f.M * f.N, f.residual_wide ? kFloat32 : f.dtype);
+    f.mean = floats(call.flat(mean, "mean", f.M, kFloat32));
+    f.rstd = floats(call.flat(rstd, "rstd", f.M, kFloat32));
+    f.dropout = call.dropout(seed, dropout_p);
+    if (f.M == 0 || f.N == 0) return;
+    call.run("layer_norm_fwd", [&](void* stream) { return layer_norm_fwd(&f, stream); });
+}
+
+// dx may be None, where dresidual is it. workspace: 2 M floats and partial_rows * N for each parameter's gradient.
+void backward(py::handle dy, py::handle dr, py::handle r_, py::handle weight, py::handle mean, py::handle rstd,
+              py::handle seed, py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias,
+              py::handle workspace, int64_t partial_rows, double dropout_p, bool rms) {
+    const Tensor r(r_, "r");
+    const Rowwise call(r, dx.is_none() ? r.dtype() : Tensor(dx, "dx").dtype());
+    LayerNormBwd b{};
+    bool wide = false;
+    b.M = call.M;
+    b.N = call.N;
+    b.dtype = call.dtype;
+    b.rms = rms;
+    b.r = call.rows(r, b.r_rows, b.r_wide);
+    b.dy = call.rows(dy, "dy", b.dy_rows, b.dy_wide);
+    b.dr = call.rows(dr, "dr", b.dr_rows, wide);
+    if (b.dr && wide != b.r_wide) throw py::type_error("dr must have r's dtype");
+    b.weight = call.flat(weight, "weight", b.N, b.weights_wide);
+    b.mean = floats(call.flat(mean, "mean", rms ? 0 : b.M, kFloat32));
+    b.rstd = floats(call.flat(rstd, "rstd", b.M, kFloat32));
+    b.dx = call.flat(dx, "dx", b.M * b.N, call.dtype);
+    b.dresidual = call.flat(dresidual, "dresidual", b.M * b.N, b.r_wide ? kFloat32 : call.dtype);
+    b.dropout = call.dropout(seed, dropout_p);
+
+    b.gradient_dtype = kFloat32;
+    for (py::handle gradient : {dweight, dbias})
+        if (!gradient.is_none()) b.gradient_dtype = Tensor(gradient, "a parameter's gradient").dtype();
+    b.dweight = call.flat(dweight, "dweight", b.N, b.gradient_dtype);
+    b.dbias = call.flat(dbias, "dbias", b.N, b.gradient_dtype);
+    b.partial_rows = partial_rows;
+    const int64_t partials = partial_rows * b.N * ((b.dweight != nullptr) + (b.dbias != nullptr));
+    float* free = floats(call.flat(workspace, "workspace", partials + 2 * b.M, kFloat32));
+    if (b.dweight) b.partial_dweight = free;
+    if (b.dbias) b.partial_dbias = free + partials - partial_rows * b.N;
+    b.sums = free + partials;
+    if (b.M == 0 || b.N == 0) return;
+    if (partial_rows < 1 || !b.rstd || !b.sums || (!rms && !b.mean))
+        throw py::value_error("layer_norm_bwd takes rstd, mean unless rms, a workspace and at least one partial row");
+    call.run("layer_norm_bwd", [&](void* stream) { return layer_norm_bwd(&b, stream); });
 }
 
 }  // namespace
 
-void bind_layer_norm(py::module_& m) { m.def("layer_norm_fwd", &forward); }
+void bind_layer_norm(py::module_& m) {
+    m.def("layer_norm_fwd", &forward);
+    m.def("layer_norm_bwd", &backward);
+    m.def("rows_fit", [](py::handle object) {
+        Rows rows;
+        return Tensor(object, "tensor").rows(rows);
+    });
+}

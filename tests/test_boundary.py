@@ -15,6 +15,11 @@ from fastattn.cuda.layer_norm import layer_norm_fwd, layer_norm_why_not
 _C = cuda.extension()
 pytestmark = pytest.mark.skipif(isinstance(_C, str), reason=str(_C))
 
+
+def forward(x, weight, bias):
+    return layer_norm_fwd(x, weight, bias, 1e-5, False, x.dtype)
+
+
 BASE = torch.arange(24.0).view(4, 6)
 VIEWS = {
     "plain": BASE,
@@ -102,13 +107,43 @@ def test_plain_agrees_with_the_sentences():
 
 
 def test_names_the_wrong_argument():
-    y, statistics = torch.empty_like(BASE), torch.empty(4)
+    def launch(x):
+        _C.layer_norm_fwd(
+            x, None, None, None, torch.empty_like(BASE), None, None, None, None, 1e-5, 0.0, False
+        )
+
     with pytest.raises(
         ValueError, match=r"x is float32 \(4, 6\) with strides \(6, 1\) on cpu, must be on a CUDA device"
     ):
-        _C.layer_norm_fwd(BASE, None, None, y, statistics, statistics, 1e-5)
-    with pytest.raises(TypeError, match="mean is a NoneType"):
-        _C.layer_norm_fwd(BASE, None, None, y, None, statistics, 1e-5)
+        launch(BASE)
+    with pytest.raises(TypeError, match="x is a NoneType"):
+        launch(None)
+
+
+@pytest.mark.skipif(cuda.not_emulated() is not None, reason="needs the emulated build")
+def test_names_what_does_not_fit_beside_x():
+    good = dict(
+        residual=None,
+        weight=None,
+        bias=None,
+        y=torch.empty_like(BASE),
+        r=None,
+        mean=None,
+        rstd=None,
+        seed=None,
+    )
+    for name, bad, message in (
+        ("y", None, "y is a NoneType"),
+        ("y", torch.empty(4, 5), r"y is float32 \(4, 5\) with strides \(5, 1\) on cpu, must be 24 contiguous elements"),
+        ("y", torch.empty(6, 4).t(), "must be 24 contiguous"),
+        ("weight", torch.ones(5), "weight is .* must be 6 contiguous"),
+        ("weight", torch.ones(6).half(), "weight is float16 .* must be of x's dtype or float32"),
+        ("residual", torch.ones(3, 6), "residual is .* must be 4 rows of N = 6"),
+        ("mean", torch.ones(4).half(), "mean is float16 .* must be of dtype float32"),
+        ("seed", torch.ones(2), r"seed is float32 .* must be int64 \(2,\)"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=message):
+            cuda.module(BASE).layer_norm_fwd(BASE, *{**good, name: bad}.values(), 1e-5, 0.0, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -141,8 +176,8 @@ def test_import_calls_no_cuda():
 
 
 def test_launcher_allocates_what_the_extension_fills(monkeypatch):
-    def fill(x, weight, bias, y, mean, rstd, eps):
-        assert weight is None and bias is None and eps == 1e-5
+    def fill(x, residual, weight, bias, y, r, mean, rstd, seed, eps, dropout_p, rms):
+        assert all(t is None for t in (residual, weight, bias, r, seed)) and (eps, dropout_p) == (1e-5, 0.0)
         assert y.is_contiguous() and mean.is_contiguous() and rstd.is_contiguous()
         y.copy_(torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps))
         mean.copy_(x.mean(1))
@@ -150,7 +185,7 @@ def test_launcher_allocates_what_the_extension_fills(monkeypatch):
 
     monkeypatch.setattr(cuda, "module", lambda t: types.SimpleNamespace(layer_norm_fwd=fill))
     for x in (BASE.half(), BASE.t(), BASE[:0], BASE[:1].expand(3, 6)):
-        y, mean, rstd = layer_norm_fwd(x, None, None, 1e-5)
+        y, mean, rstd = forward(x, None, None)
         assert y.shape == x.shape and y.dtype == x.dtype
         assert mean.shape == rstd.shape == x.shape[:1] and mean.dtype == rstd.dtype == torch.float32
 
@@ -164,11 +199,14 @@ def test_layer_norm_refuses_in_a_sentence(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda *tensors: None)
     half, ones = BASE.half(), torch.ones(6)
     assert layer_norm_why_not(half, ones, ones, half.dtype) is None
-    assert layer_norm_why_not(half, ones.half(), None, half.dtype) is None
-    assert "must both be" in layer_norm_why_not(half, ones, ones.half(), half.dtype)
-    assert "is wanted in torch.float32" in layer_norm_why_not(half, ones, ones, torch.float32)
-    assert "must both be" in layer_norm_why_not(BASE, ones.half(), None, BASE.dtype)
-    assert "contiguous" in layer_norm_why_not(BASE, torch.ones(12)[::2], None, BASE.dtype)
+    assert layer_norm_why_not(half, ones.half(), None, torch.float32, BASE) is None
+    assert "must be one" in layer_norm_why_not(half, ones, ones.half(), half.dtype)
+    assert "weight's dtype torch.float16 is neither" in layer_norm_why_not(
+        BASE, ones.half(), None, BASE.dtype
+    )
+    assert "residual's dtype torch.bfloat16" in layer_norm_why_not(
+        half, None, None, half.dtype, half.bfloat16()
+    )
 
 
 gpu = pytest.mark.gpu
@@ -180,7 +218,7 @@ gpu = pytest.mark.gpu
 def test_layer_norm_fwd(N, dtype):
     x = torch.randn(7, N, device="cuda", dtype=dtype) * 3 + 1
     weight, bias = torch.randn(2, N, device="cuda")
-    y, mean, rstd = layer_norm_fwd(x, weight, bias, 1e-5)
+    y, mean, rstd = forward(x, weight, bias)
     exact = torch.nn.functional.layer_norm(x.double(), (N,), weight.double(), bias.double())
     torch.testing.assert_close(
         y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
@@ -201,7 +239,7 @@ def test_layer_norm_fwd_reads_any_strides():
         big[:1, :64].expand(5, 64),
         big[:, :1].expand(9, 64),
     ):
-        y, _, _ = layer_norm_fwd(x, None, None, 1e-5)
+        y, _, _ = forward(x, None, None)
         torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, x.shape[-1:]))
 
 
@@ -211,7 +249,7 @@ def test_runs_on_the_current_stream():
     expected = torch.nn.functional.layer_norm(x + 1, (4096,))
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        y, _, _ = layer_norm_fwd(x + 1, None, None, 1e-5)
+        y, _, _ = forward(x + 1, None, None)
     stream.synchronize()
     torch.testing.assert_close(y, expected)
 
@@ -222,7 +260,7 @@ def test_inside_a_graph():
     fastattn.warmup()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out["y"] = layer_norm_fwd(x, None, None, 1e-5)[0]
+        out["y"] = forward(x, None, None)[0]
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(out["y"], torch.nn.functional.layer_norm(x, (64,)))
@@ -236,7 +274,7 @@ from fastattn.cuda.layer_norm import layer_norm_fwd
 x = torch.randn(16, 64, device="cuda")
 with torch.cuda.graph(torch.cuda.CUDAGraph()):
     try:
-        layer_norm_fwd(x, None, None, 1e-5)
+        layer_norm_fwd(x, None, None, 1e-5, False, x.dtype)
     except RuntimeError as e:
         print(e)
 """
@@ -249,7 +287,5 @@ with torch.cuda.graph(torch.cuda.CUDAGraph()):
 def test_second_device():
     x = torch.randn(4, 64, device="cuda:1")
     assert torch.cuda.current_device() == 0
-    torch.testing.assert_close(
-        layer_norm_fwd(x, None, None, 1e-5)[0], torch.nn.functional.layer_norm(x, (64,))
-    )
+    torch.testing.assert_close(forward(x, None, None)[0], torch.nn.functional.layer_norm(x, (64,)))
     assert torch.cuda.current_device() == 0

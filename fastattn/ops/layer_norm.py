@@ -141,18 +141,17 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, rms, dtype, chosen):
         y, mean, rstd = backend.run("layer_norm_fwd", chosen, OP, x, weight, bias, eps, rms, dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.options = eps, rms, dtype
+        ctx.options = eps, rms, dtype, chosen
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight, bias, mean, rstd), (eps, rms, dtype) = ctx.saved_tensors, ctx.options
+        (x, weight, bias, mean, rstd), (eps, rms, dtype, chosen) = ctx.saved_tensors, ctx.options
         if backend.wants_double_backward():
             grads = backend.composite_backward(_composite(eps, rms, dtype), (x, weight, bias), (dy,))
         else:
-            # Triton serves every forward: the saved statistics have one meaning in all backends.
             grads = backend.run(
-                "layer_norm_bwd", "triton", OP, dy, x, weight, mean, rstd, *ctx.needs_input_grad[1:3], rms
+                "layer_norm_bwd", chosen, OP, dy, x, weight, mean, rstd, *ctx.needs_input_grad[1:3], rms
             )
             grads = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
         return *grads, None, None, None, None
@@ -179,14 +178,14 @@ class _AddNorm(torch.autograd.Function):
             dtype,
         )
         ctx.save_for_backward(r, weight, bias, mean, rstd, seed)
-        ctx.options = eps, dropout_p, rms, dtype, x.dtype
+        ctx.options = eps, dropout_p, rms, dtype, x.dtype, chosen
         ctx.set_materialize_grads(False)
         return y, r
 
     @staticmethod
     def backward(ctx, dy, dr):
         r, weight, bias, mean, rstd, seed = ctx.saved_tensors
-        eps, dropout_p, rms, dtype, x_dtype = ctx.options
+        eps, dropout_p, rms, dtype, x_dtype, chosen = ctx.options
         nothing = (None,) * 6
         if dy is None and dr is None:
             return (None,) * 10
@@ -197,7 +196,7 @@ class _AddNorm(torch.autograd.Function):
             dx = total if seed is None else total * _mask(seed, dropout_p, total)
             return dx.to(x_dtype), total, *found[1:], *nothing
         dx, dresidual, dweight, dbias = backend.run(
-            "add_layer_norm_bwd", "triton", OP, dy, dr, r, weight, mean, rstd, seed, dropout_p,
+            "add_layer_norm_bwd", chosen, OP, dy, dr, r, weight, mean, rstd, seed, dropout_p,
             *ctx.needs_input_grad[2:4], rms, x_dtype,
         )  # fmt: skip
         dx = dresidual if seed is None and x_dtype == r.dtype else dx
@@ -280,6 +279,6 @@ def _triton_why_not(x, weight, bias, dtype, residual=None):
 
 
 WHY_NOT = {
-    name: {"triton": _triton_why_not} for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+    name: {"cuda": layer_norm_why_not, "triton": _triton_why_not}
+    for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 }
-WHY_NOT["layer_norm"]["cuda"] = layer_norm_why_not
