@@ -1,15 +1,18 @@
 """What Python costs before a kernel starts, per call: our ops against torch's own, in one process, on tiny tensors.
 
-The kernels are stubbed: a launcher here allocates its outputs and returns, so this needs no GPU. Triton's own launch (some
-microseconds more) is not in these numbers; the `host` column of a run on a GPU has it.
+The kernels are stubbed, so this needs no GPU. Backend cuda is the emulated extension with its launches left out: Python,
+the boundary and the checks in C are those of a GPU, cudaLaunchKernel (2 µs) and the look-up of the stream are not there.
+Backend triton has launchers here that allocate their outputs and return, without Triton's own launch (some microseconds
+more). The `host` column of a run on a GPU has all of it.
 """
 
+import contextlib
 import unittest.mock
 
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend, functional
+from fastattn import backend, cuda, functional
 from fastattn.benchmarks.timing import cpu_times, quantiles
 
 # What each launcher would allocate.
@@ -39,19 +42,49 @@ COLUMNS = ("no grad", "forward", "forward + backward")
 
 
 def host_paths(seconds=0.5):
-    """[{op, of, torch: µs, fastattn: µs, ratio}] for each op and way of calling it."""
+    """[{backend, op, of, torch: µs, fastattn: µs, ratio}] for each backend, op and way of calling it."""
     rows = []
-    stubs = unittest.mock.patch.object(backend, "launcher", lambda name, *_: STUBS[name])
-    compiled = unittest.mock.patch.object(backend, "interpreting", lambda: True)
-    with stubs, compiled, backend.use_backend("triton"):
+    for name, stubbed in (("cuda", _launches_left_out), ("triton", _stub_launchers)):
         for op, (stock, ours, inputs) in CALLS.items():
-            for of in COLUMNS:
-                times = cpu_times(
-                    {"torch": _way(stock, inputs, of), "fastattn": _way(ours, inputs, of)}, seconds
-                )
-                medians = {name: quantiles(samples)[1] for name, samples in times.items()}
-                rows.append({"op": op, "of": of, **medians, "ratio": medians["fastattn"] / medians["torch"]})
+            with stubbed() as possible, backend.use_backend(name):
+                if not (possible and _serves(ours, inputs)):
+                    continue
+                for of in COLUMNS:
+                    times = cpu_times(
+                        {"torch": _way(stock, inputs, of), "fastattn": _way(ours, inputs, of)}, seconds
+                    )
+                    medians = {who: quantiles(samples)[1] for who, samples in times.items()}
+                    ratio = medians["fastattn"] / medians["torch"]
+                    rows.append({"backend": name, "op": op, "of": of, **medians, "ratio": ratio})
     return rows
+
+
+def _serves(ours, inputs):
+    try:
+        ours(*inputs)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _launches_left_out():
+    if cuda.not_emulated():
+        yield False
+        return
+    extension = cuda.extension("_C_emulated")
+    extension.leave_out_launches(True)
+    try:
+        yield True
+    finally:
+        extension.leave_out_launches(False)
+
+
+@contextlib.contextmanager
+def _stub_launchers():
+    stubs = unittest.mock.patch.object(backend, "launcher", lambda name, *_: STUBS[name])
+    with stubs, unittest.mock.patch.object(backend, "interpreting", lambda: True):
+        yield True
 
 
 def _way(function, inputs, of):

@@ -101,12 +101,12 @@ def _host_table(rows):
     table = Table(
         title="Host path, µs a call, kernels stubbed (see benchmarks/host_path.py)", title_justify="left"
     )
-    for heading in ("op", "way", "torch", "fastattn", "× torch"):
-        table.add_column(heading, justify="left" if heading in ("op", "way") else "right")
+    names = ("backend", "op", "way")
+    for heading in (*names, "torch", "fastattn", "× torch"):
+        table.add_column(heading, justify="left" if heading in names else "right")
     for row in rows:
-        table.add_row(
-            row["op"], row["of"], f"{row['torch']:.1f}", f"{row['fastattn']:.1f}", f"{row['ratio']:.2f}"
-        )
+        numbers = f"{row['torch']:.1f}", f"{row['fastattn']:.1f}", f"{row['ratio']:.2f}"
+        table.add_row(row["backend"], row["op"], row["of"], *numbers)
     return table
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -69,6 +70,25 @@ def test_one_name_in_each_folder(op):
     needed = [f"kernels/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
     missing = [path for path in needed if not (ROOT / path).exists()]
     assert not missing, f"op {op} (fastattn/ops/{op}.py) lacks {', '.join(missing)}"
+
+
+CUDA_SOURCES = sorted((ROOT / "csrc").rglob("*.cu*"))
+
+
+@pytest.mark.parametrize("op", sorted(path.stem for path in (ROOT / "csrc").glob("*.cu")))
+def test_a_cuda_source_has_its_launchers(op):
+    needed = [f"csrc/{op}_bindings.cpp", f"fastattn/cuda/{op}.py", f"fastattn/ops/{op}.py"]
+    missing = [path for path in needed if not (ROOT / path).exists()]
+    assert not missing, f"csrc/{op}.cu lacks {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("path", CUDA_SOURCES, ids=lambda p: p.name)
+def test_what_only_nvcc_understands_has_one_place(path):
+    """Launches and shared memory by the macros of rt.cuh, instructions by the functions of ptx.cuh: all else runs emulated."""
+    text = re.sub(r"//.*", "", path.read_text())
+    for pattern, place in (("<<<", "rt.cuh"), (r"\b__shared__\b", "rt.cuh"), (r"\basm\b", "ptx.cuh")):
+        assert path.name == place or not re.search(pattern, text), f"{path.name} has {pattern}: {place} does"
+    assert "cooperative_groups" not in text
 
 
 def test_links():

@@ -60,6 +60,7 @@ std::mutex mutex;  // of all that follows, up to the blank line
 Order order = FIFO;
 uint64_t seed = 1;
 std::string error;
+std::atomic<bool> left_out{false};
 std::map<const void*, int64_t> launched;
 std::map<const void*, int> shared_asked;  // cudaFuncAttributeMaxDynamicSharedMemorySize
 
@@ -697,6 +698,7 @@ void copy_wait(int pending) {
 }
 
 int launch(const void* kernel, dim3 grid, dim3 dim, size_t smem, Body body, const void* arguments) {
+    if (left_out) return cudaSuccess;
     const int64_t threads = int64_t{dim.x} * dim.y * dim.z, blocks = int64_t{grid.x} * grid.y * grid.z;
     std::string name;
     Order wanted;
@@ -749,6 +751,8 @@ void schedule(Order wanted, uint64_t with_seed) {
     order = wanted;
     seed = with_seed;
 }
+
+void leave_out_launches(bool yes) { left_out = yes; }
 
 std::string last_error() {
     std::lock_guard<std::mutex> lock(mutex);

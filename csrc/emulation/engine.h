@@ -14,6 +14,9 @@ constexpr int kMultiprocessors = 4;
 enum Order { FIFO, REVERSE, RANDOM, PCT };
 void schedule(Order order, uint64_t seed);
 
+// A launch then succeeds at once and computes nothing: what is left is the host's time.
+void leave_out_launches(bool yes);
+
 // Of the last launch that failed: kernel, block, thread, what and where.
 std::string last_error();
 

@@ -12,4 +12,5 @@ void bind_emulation(py::module_& m) {
     m.def("schedule", [](int order, uint64_t seed) { emulation::schedule(static_cast<emulation::Order>(order), seed); },
           py::arg("order"), py::arg("seed") = 1);
     m.def("launches", &emulation::launches);
+    m.def("leave_out_launches", &emulation::leave_out_launches, py::arg("yes"));
 }
