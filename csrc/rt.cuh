@@ -43,9 +43,14 @@ struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Vec {
 };
 
 template <int kVec, typename T>
-__device__ void load(const T* from, float (&to)[kVec]) {
+__device__ Vec<T, kVec> load_raw(const T* from) {
     READS(from, sizeof(T) * kVec);
-    const auto vec = *reinterpret_cast<const Vec<T, kVec>*>(from);
+    return *reinterpret_cast<const Vec<T, kVec>*>(from);
+}
+
+template <int kVec, typename T>
+__device__ void load(const T* from, float (&to)[kVec]) {
+    const auto vec = load_raw<kVec>(from);
 #pragma unroll
     for (int i = 0; i < kVec; i++) to[i] = to_float(vec.at[i]);
 }
