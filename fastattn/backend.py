@@ -69,15 +69,16 @@ def use_backend(name):
         _forced = previous
 
 
-def choose(op, why_not, *args, N=None, inductor_fuses=False):
+def choose(op, why_not, *args, N=None, elements=None, inductor_fuses=False):
     """The backend for this call. `why_not` maps "cuda" and "triton" to functions of `args` that give a sentence or None.
 
-    `args[0]` is a tensor and says the device and, where the row length N is given, dtype and size for ROWS.
+    `args[0]` is a tensor and says the device and, where the row length N is given, dtype and, unless `elements` does, size
+    for ROWS.
     `inductor_fuses`: under torch.compile the stock op is the better choice, because Inductor fuses it into its neighbours.
     """
     forced = _forced
     if _explaining:
-        order = _order(op, args[0], N)
+        order = _order(op, args[0], N, elements)
         raise _Explained(op, {name: _refusal(op, name, why_not, args) for name in order})
     if forced is not None:
         reason = why_not[forced](*args) if forced in why_not else _not_written(op, forced)
@@ -87,7 +88,7 @@ def choose(op, why_not, *args, N=None, inductor_fuses=False):
     elif args[0].is_cpu or (inductor_fuses and torch.compiler.is_compiling()):
         chosen = "torch"
     else:
-        chosen = _first_willing(op, why_not, args, _order(op, args[0], N))
+        chosen = _first_willing(op, why_not, args, _order(op, args[0], N, elements))
     if not torch.compiler.is_compiling():
         calls[op, chosen] += 1
     return chosen
@@ -101,10 +102,11 @@ def stock_only(op, t):
     return certain
 
 
-def _order(op, t, N):
+def _order(op, t, N, elements):
     if N is None:
         return ORDER
-    return (preferred if torch.compiler.is_compiling() else _preferred)(op, t.dtype, t.numel(), N)
+    elements = t.numel() if elements is None else elements
+    return (preferred if torch.compiler.is_compiling() else _preferred)(op, t.dtype, elements, N)
 
 
 def preferred(op, dtype, elements, N):
