@@ -11,11 +11,12 @@
 #include "launchers.h"
 
 void bind_layer_norm(py::module_& m);
+void bind_position(py::module_& m);
 
 namespace {
 
 int prepare_kernels() {
-    for (auto prepare : {layer_norm_prepare})
+    for (auto prepare : {layer_norm_prepare, position_prepare})
         if (const int code = prepare()) return code;
     return cudaSuccess;
 }
@@ -161,4 +162,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("plain", &plain);
     m.def("describe", &describe, py::arg("tensor"));
     bind_layer_norm(m);
+    bind_position(m);
 }

@@ -62,6 +62,36 @@ struct LayerNormBwd {
     bool r_wide;  // r, dr and dresidual
 };
 
+// The rows of a table (rows, C), columns side by side, `stride` elements apart; fp32 where `wide`, else of the dtype of
+// the rows it is added to. data is null where there is no table.
+struct Table {
+    const void* data;
+    int64_t rows, stride;
+    bool wide;
+};
+
+// An id for each row (b, s), int64 where `wide`, else int32; data is null where none are given.
+struct Ids {
+    const void* data;
+    int64_t stride_b, stride_s;
+    bool wide;
+};
+
+// How threads share the rows (b, s) of (B, S, C): every b_lanes-th b and every s_lanes-th s are one thread's.
+// 1 <= b_lanes <= B and 1 <= s_lanes <= S.
+struct Walk {
+    int64_t B, S, C, b_lanes, s_lanes;
+};
+
+// What makes up the rows (b, s) of the embeddings: token[ids] + type[type_ids] + position[position_ids]. Without
+// type_ids the type is 0, without position_ids the position is s. weight and bias (C,) of the norm, null without one.
+struct Lookups {
+    Table token, type, position;
+    Ids ids, type_ids, position_ids;
+    const void *weight, *bias;
+    bool weight_wide, bias_wide;
+};
+
 extern "C" {
 
 int layer_norm_fwd(const LayerNormFwd* call, void* stream);
@@ -69,4 +99,39 @@ int layer_norm_bwd(const LayerNormBwd* call, void* stream);
 
 // Loads every kernel of layer_norm.cu onto the current device, which a first launch inside a graph capture could not.
 int layer_norm_prepare();
+
+// y (B, S, C) contiguous = dropout(scale * x + E), of `dtype` like x, whose rows have inner = S. E is the table's row
+// at ids, or at s + offset where there are none; without a table the sinusoid of that position.
+int add_positional_encoding_fwd(const void* x, Rows rows, Table table, Ids ids, void* y, RowDropout dropout, Walk walk,
+                                int64_t offset, int dtype, float scale, void* stream);
+
+// dx (B, S, C) contiguous = scale * dropout(dy); sums (b_lanes, S, C) contiguous = dropout(dy) over each lane's b.
+// Either may be null.
+int add_positional_encoding_bwd(const void* dy, Rows rows, void* dx, void* sums, RowDropout dropout, Walk walk,
+                                int dtype, int sums_dtype, float scale, void* stream);
+
+// y (B, S, C) contiguous of the token table's dtype = dropout(norm(x)), x the row that was looked up; mean and rstd
+// (B * S,) of x, written where there is a norm.
+int embeddings_fwd(Lookups lookups, void* y, float* mean, float* rstd, RowDropout dropout, int64_t B, int64_t S,
+                   int64_t C, int dtype, float eps, void* stream);
+
+// Backward of that with a norm. dx (B, S, C) contiguous, of x; sums (b_lanes, S, C) = dx summed over each lane's b;
+// dweight, dbias (C,) by way of norm_sums (b_lanes * s_lanes, 2, C). Any of them may be null, dweight with norm_sums.
+int embeddings_bwd(const void* dy, Rows rows, Lookups lookups, const float* mean, const float* rstd, void* dx,
+                   float* sums, float* norm_sums, void* dweight, void* dbias, RowDropout dropout, Walk walk, int dtype,
+                   int dweight_dtype, int dbias_dtype, void* stream);
+
+// out (R,) = partials (G, R) summed over G, rows of partials stride_g apart. The columns from `split` on are those of a
+// second array.
+int sum_partials(const float* partials, int64_t stride_g, int64_t G, int64_t R, int64_t split, void* first,
+                 int first_dtype, void* second, int second_dtype, void* stream);
+
+// Sums the M rows of dx, dropped out, into those of out (V, C) contiguous that keys name, except `skip`: keys (M,) are
+// the sorted ids, order (M,) the row of each. Rows of out that no key names are left alone. partials is workspace of
+// 2 * ceil(M / chunk) * C fp32.
+int segment_sums(const void* dx, Rows rows, const int32_t* keys, const int64_t* order, void* out, float* partials,
+                 RowDropout dropout, int64_t M, int64_t C, int64_t V, int64_t skip, int chunk, int dtype, int out_dtype,
+                 void* stream);
+
+int position_prepare();
 }

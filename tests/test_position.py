@@ -1,5 +1,6 @@
 """add_positional_encoding and embeddings against the reference, in every dtype, on every path of their backwards."""
 
+import importlib
 import math
 
 import pytest
@@ -14,16 +15,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def _triton():
-    with use_backend("triton"):
+def _fused(fused):
+    with use_backend(fused):
         yield
 
 
-@pytest.fixture
-def kernels():
-    import fastattn.kernels.position as kernels
+cuda_only = pytest.mark.parametrize("fused", ["cuda"], indirect=True)
 
-    return kernels
+
+@pytest.fixture
+def kernels(fused):
+    return importlib.import_module(f"{backend.MODULES[fused]}position")
 
 
 def randn(*shape, dtype=torch.float32, device="cpu"):
@@ -96,6 +98,7 @@ def test_add_sums_a_long_batch_in_chunks(device):
     )  # 3 chunks, added up
 
 
+@pytest.mark.parametrize("fused", ["triton"], indirect=True)
 def test_add_shares_an_encoding_among_batches(device, kernels):
     """Few programs, each for 16 of 37 batches, as a launch of many more rows has it."""
     x, table, positions = (
@@ -108,6 +111,44 @@ def test_add_shares_an_encoding_among_batches(device, kernels):
         arguments = (x, *arguments, 1.0, 0.0)
         got = kernels.add_positional_encoding_fwd(*arguments, config=config)
         assert torch.equal(got, kernels.add_positional_encoding_fwd(*arguments))
+
+
+@cuda_only
+@pytest.mark.parametrize("rows", [2, 16, 100])
+def test_add_walks_rows(rows, device, kernels):
+    """A thread with `rows` rows, first over 37 batches and then over positions, as a launch of many more has it."""
+    x, table = torch.randn(37, 5, 6, device=device), torch.randn(9, 6, device=device)
+    shared, per_batch = ids(5, rows=9, device=device), ids(37, 5, rows=9, device=device)
+    seed = torch.tensor([3, 4], device=device)
+    for arguments in (
+        (table, None, None, 2),
+        (None, None, seed, 7),
+        (table, shared, None, 0),
+        (None, per_batch, None, 0),
+        (table, per_batch, seed, 0),
+    ):
+        arguments = (x, *arguments, 1.0, 0.0 if arguments[2] is None else 0.5)
+        got = kernels.add_positional_encoding_fwd(*arguments, config=dict(ROWS=rows))
+        assert torch.equal(got, kernels.add_positional_encoding_fwd(*arguments))
+
+
+@cuda_only
+@pytest.mark.parametrize("rows", [3, 16, 37, 80])
+def test_add_backward_walks_batches(rows, device, kernels):
+    """Small integers, so that the sums have no rounding, however many CUDA threads share them."""
+    dy = torch.randint(-8, 8, (37, 5, 6), device=device).float()
+    table, positions = torch.zeros(9, 6, device=device), ids(1, 5, rows=9, device=device)
+    for like, given, offset in ((table, None, 2), (table.half(), None, 4), (table, positions, 0)):
+        named = torch.arange(5, device=device) + offset if given is None else given[0]
+        for seed, p in ((None, 0.0), (torch.tensor([3, 4], device=device), 0.5)):
+            mask = 1.0 if seed is None else reference.dropout_mask(seed, (37 * 5, 6), p).view(37, 5, 6).to(dy)
+            arguments = (dy, like, given, seed, offset, 3.0, p, True, True)
+            dx, dtable = kernels.add_positional_encoding_bwd(*arguments, config=dict(ROWS=rows))
+            assert torch.equal(dx, 3 * dy * mask)
+            wanted = torch.zeros(9, 6, device=device).index_add(0, named, (dy * mask).sum(0))
+            assert torch.equal(dtable, wanted.to(like.dtype))
+            dx, nothing = kernels.add_positional_encoding_bwd(*arguments[:-1], False, config=dict(ROWS=rows))
+            assert torch.equal(dx, 3 * dy * mask) and nothing.numel() == 0
 
 
 TABLES = dict(V=40, T=3, P=20)
@@ -164,15 +205,60 @@ def test_embeddings_in_every_dtype_and_width(dtype, C, device):
         assert not check(ours, wanted, tables(C, dtype, device, norm), baseline=stock)
 
 
+# Of threads to a row: a warp, 128, 256 and 512; held in registers or read again; by vectors or single columns.
+WIDTHS = [1, 2, 7, 8, 9, 31, 33, 384, 2048, 5000, 8200]
+
+
+@cuda_only
+@pytest.mark.parametrize("C", WIDTHS)
+def test_every_width(C, device):
+    for dtype in DTYPES:
+        x, table = randn(3, 4, C, dtype=dtype, device=device), randn(9, C, dtype=dtype, device=device)
+        add = dict(options=dict(offset=3, scale=0.5))
+        assert not check(add_positional_encoding, reference.add_positional_encoding, (x, table), **add)
+        add["baseline"] = stock_sinusoid
+        assert not check(add_positional_encoding, reference.add_positional_encoding, (x,), **add)
+        input_ids = ids(3, 4, rows=TABLES["V"], device=device)
+        ours, wanted = with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids)
+        stock = with_ids(stock_embeddings, input_ids)
+        assert not check(ours, wanted, tables(C, dtype, device), baseline=stock)
+
+
+@cuda_only
+def test_unaligned_tensors(device):
+    """Every tensor one element past an aligned address gives what its aligned copy gives, the order of sums aside."""
+
+    def shifted(t):
+        moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape)
+        return moved.copy_(t.detach()).requires_grad_(t.requires_grad)
+
+    x, table, dy = randn(3, 5, 48, device=device), randn(9, 48, device=device), randn(3, 5, 48, device=device)
+    positions = ids(3, 5, rows=9, device=device)
+    rows, input_ids = tables(48, torch.bfloat16, device), ids(3, 5, rows=TABLES["V"], device=device)
+    ours, _ = seeded(add_positional_encoding, device)
+    embed, _ = seeded(embeddings, device)
+    runs = []
+    for move in (lambda t: t, shifted):
+        a, t, g = move(x), move(table), move(dy.detach())
+        y = ours(a, t, position_ids=move(positions), dropout_p=0.2)
+        placed = [move(r) for r in rows]
+        z = with_ids(embed, move(input_ids))(*placed, dropout_p=0.2)
+        dz = move(dy.detach().bfloat16())
+        runs.append((y, *torch.autograd.grad(y, (a, t), g), z, *torch.autograd.grad(z, placed, dz)))
+    for moved, still in zip(*runs, strict=True):
+        torch.testing.assert_close(moved, still)
+
+
 def stock_embeddings(input_ids, token, position, *, type_table, norm_weight, norm_bias):
     y = F.embedding(input_ids, token) + type_table[0] + position[: input_ids.shape[-1]]
     return y if norm_weight is None else F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, 1e-12)
 
 
 @pytest.mark.parametrize("shape", [(3, 20), (40, 3)], ids=str)
-def test_embeddings_backward_walks_positions_and_batches(shape, device, kernels):
+def test_embeddings_backward_walks_positions_and_batches(shape, device, kernels, fused):
     """Few programs, each over several positions and tiles of batches, with partial sums for every gradient."""
-    rows = [t if t is None else t.detach() for t in tables(24, torch.float32, device)]
+    C = 24 + (fused == "cuda" and shape[1] % 2)  # 25: a CUDA thread takes single columns, not vectors
+    rows = [t if t is None else t.detach() for t in tables(C, torch.float32, device)]
     arguments = (
         ids(*shape, rows=TABLES["V"], device=device),
         None,
@@ -185,10 +271,14 @@ def test_embeddings_backward_walks_positions_and_batches(shape, device, kernels)
     y, *stats = kernels.embeddings_fwd(*arguments, None, 1e-12, 0.0)
     dy = torch.randn_like(y)
     arguments = (dy, *arguments, *stats, None, -1, 0.0, True, True, True, True)
-    config = dict(BLOCK_B=2, BLOCK_C=32, num_warps=4, PROGRAMS=12)
-    few, many = kernels.embeddings_bwd(*arguments, config=config), kernels.embeddings_bwd(*arguments)
-    for got, wanted in zip(few, many, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    configs = {
+        "triton": [dict(BLOCK_B=2, BLOCK_C=32, num_warps=4, PROGRAMS=12)],
+        "cuda": [dict(GROUPS=groups) for groups in (1, 5, 12, 1000)],
+    }[fused]
+    for config in configs:
+        few, many = kernels.embeddings_bwd(*arguments, config=config), kernels.embeddings_bwd(*arguments)
+        for got, wanted in zip(few, many, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_embeddings_mix_dtypes(device):
@@ -251,6 +341,18 @@ def test_rows_of_one_id_are_added_exactly(runs, device, kernels):
         assert torch.equal(got, table.index_add(0, positions, dy))
 
 
+@cuda_only
+@pytest.mark.parametrize("chunk", [1, 3, 6])
+@pytest.mark.parametrize("runs", RUNS)
+def test_rows_of_one_id_are_added_exactly_in_any_chunk(runs, chunk, device, kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", (chunk, chunk))
+    for C in (300, 33):
+        dy, positions = torch.randint(-8, 8, (1, 50, C), device=device).float(), torch.tensor(RUNS[runs])
+        table, positions = torch.zeros(50, C, device=device), positions.to(device)
+        got = kernels.add_positional_encoding_bwd(dy, table, positions, None, 0, 1.0, 0.0, False, True)[1]
+        assert torch.equal(got, table.index_add(0, positions, dy[0]))
+
+
 def test_wrong_ids_are_clamped_where_nobody_reads_them(device, kernels):
     wrong, right = torch.tensor([[-5, 2, 2**40]], device=device), torch.tensor([[0, 2, 3]], device=device)
     table, x = randn(4, 8, device=device).detach(), torch.zeros(1, 3, 8, device=device)
@@ -259,9 +361,12 @@ def test_wrong_ids_are_clamped_where_nobody_reads_them(device, kernels):
         lambda i: kernels.add_positional_encoding_fwd(x, table, i, None, 0, 1.0, 0.0),
     ):
         assert torch.equal(function(wrong), function(right))
+    dy, wrong = torch.randn(1, 3, 8, device=device), torch.tensor([[-5, 2, 2**20]], device=device)
+    got = kernels.add_positional_encoding_bwd(dy, table, wrong, None, 0, 1.0, 0.0, False, True)[1]
+    assert torch.equal(got[[0, 2, 3]], dy[0])
 
 
-def test_strided_and_expanded_tensors(device):
+def test_strided_and_expanded_tensors(device, fused):
     x, table = randn(3, 19, 24, device=device).detach(), randn(60, 20, device=device).detach()
     views = (x.transpose(0, 1), x[..., ::2], x[:1].expand(5, 19, 24), x.movedim(2, 0)[:, None])
     for view in views:
@@ -287,7 +392,12 @@ def test_strided_and_expanded_tensors(device):
     assert torch.equal(ours(*arguments), with_ids(embeddings, input_ids.contiguous())(*arguments))
     for dy in (torch.ones((), device=device).expand(4, 17, 24), torch.randn(4, 24, 17, device=device).mT):
         got, wanted = (torch.autograd.grad(ours(*arguments), arguments, g) for g in (dy, dy.contiguous()))
-        assert all(map(torch.equal, got, wanted))
+        if fused == "triton":
+            assert all(map(torch.equal, got, wanted))
+        for pair in zip(
+            got, wanted, strict=True
+        ):  # a CUDA thread adds other columns where it cannot move vectors
+            torch.testing.assert_close(*pair)
 
 
 def test_two_runs_are_equal_to_the_bit(device):
@@ -358,7 +468,7 @@ def test_bad_input_is_named(case):
 
 def test_a_row_too_wide_for_the_norm_is_refused_with_a_reason():
     token, weight = torch.zeros(2, 5000), torch.ones(5000)
-    with pytest.raises(NotImplementedError, match="C 5000 is above 4096"):
+    with use_backend("triton"), pytest.raises(NotImplementedError, match="C 5000 is above 4096"):
         embeddings(IDS, token, norm_weight=weight)
     with use_backend(None):
         assert embeddings(IDS, token, norm_weight=weight).shape == (2, 3, 5000)
@@ -461,9 +571,10 @@ def second_gradients(function, inputs):
     return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
 
-def test_tiles_are_legal(kernels):
+def test_tiles_are_legal():
     from fastattn.ops.position import MAX_NORM_C
 
+    kernels = importlib.import_module("fastattn.kernels.position")
     assert kernels.NORM[-1][0] == kernels.NORM_BACKWARD[-1][0] == MAX_NORM_C
     for table in (kernels.ADD, kernels.ADD_BACKWARD, kernels.NORM, kernels.NORM_BACKWARD):
         limits = [limit for limit, _ in table]
@@ -475,10 +586,10 @@ def test_tiles_are_legal(kernels):
         assert tile["BLOCK_C"] == limit  # the norm needs a row in one tile
 
 
-def test_calls_are_counted(device):
-    before = backend.calls["position", "triton"]
+def test_calls_are_counted(device, fused):
+    before = backend.calls["position", fused]
     add_positional_encoding(torch.zeros(1, 2, 4, device=device))
-    assert backend.calls["position", "triton"] == before + 1
+    assert backend.calls["position", fused] == before + 1
 
 
 @pytest.mark.gpu

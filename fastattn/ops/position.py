@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend
+from fastattn import backend, cuda
 
 OP = "position"
 MAX_NORM_C = 4096  # a wider row with its sums does not fit a Triton program's registers
@@ -39,7 +39,7 @@ def add_positional_encoding(x, table=None, *, position_ids=None, offset=0, scale
                 f"{name}: offset {offset} and S {S} need rows {offset} .. {offset + S - 1}; table has {table.shape[0]}"
             )
     _check_ids(name, "position_ids", position_ids, x.shape[:-1], x, None if table is None else table.shape[0])
-    chosen = backend.choose(OP, WHY_NOT, x, table, position_ids)
+    chosen = backend.choose(OP, WHY_NOT, x, table, position_ids, N=C)
     if chosen == "torch":
         y = _stock_add(x, table, position_ids, offset, scale)
         return F.dropout(y, dropout_p) if dropout_p else y
@@ -95,7 +95,16 @@ def embeddings(
         raise ValueError(f"{name}: padding_idx {padding_idx} is outside token_table's {V} rows")
 
     tables = (token_table, type_table, position_table, norm_weight, norm_bias)
-    chosen = backend.choose(OP, WHY_NOT_EMBEDDINGS, *tables, input_ids, type_ids, position_ids)
+    chosen = backend.choose(
+        OP,
+        WHY_NOT_EMBEDDINGS,
+        *tables,
+        input_ids,
+        type_ids,
+        position_ids,
+        N=C,
+        elements=input_ids.numel() * C,
+    )
     if chosen == "torch":
         y = _stock_embeddings(input_ids, type_ids, position_ids, *tables, eps, padding_idx)
         return F.dropout(y, dropout_p) if dropout_p else y
@@ -334,5 +343,5 @@ def _why_not_embeddings(token_table, type_table, position_table, norm_weight, *o
     return backend.triton_why_not(token_table, type_table, position_table, norm_weight, *others)
 
 
-WHY_NOT = {"triton": backend.triton_why_not}
-WHY_NOT_EMBEDDINGS = {"triton": _why_not_embeddings}
+WHY_NOT = {"cuda": cuda.why_not, "triton": backend.triton_why_not}
+WHY_NOT_EMBEDDINGS = {"cuda": cuda.why_not, "triton": _why_not_embeddings}
