@@ -609,7 +609,9 @@ def _lookups(input_ids, type_ids, position_ids, token_table, type_table, positio
     types, positions = (_batched_ids(t, input_ids.shape) for t in (type_ids, position_ids))
     tables = tuple(_unit_stride(t) for t in (token_table, type_table, position_table))
     strides = (*map(_stride, tables), *(_stride(t, dim) for t in (types, positions) for dim in (0, 1)))
-    ids = input_ids.reshape(-1).contiguous()  # a column of (B, S), S = 1, reshapes to a view that skips along memory
+    ids = input_ids.reshape(
+        -1
+    ).contiguous()  # a column of (B, S), S = 1, reshapes to a view that skips along memory
     return (ids, types, positions), tables, strides, tuple(map(_rows, tables))
 
 
