@@ -1,8 +1,9 @@
-"""The `fastattn` command: info | check | bench | report | train. Everything it runs is importable; this file only prints."""
+"""The `fastattn` command: info, check, bench, report; train, finetune, eval, generate, chat, embed. Everything it runs is importable; this file only prints."""
 
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import pathlib
 import platform
 import sys
@@ -17,6 +18,13 @@ from rich.table import Table
 
 import fastattn
 from fastattn import backend, check_cases
+from fastattn.models.checkpoint import replacing
+from fastattn.recipes import embed as embedding
+from fastattn.recipes import evaluate as evaluating
+from fastattn.recipes import finetune as finetuning
+from fastattn.recipes import generate as generating
+from fastattn.recipes import pretrained
+from fastattn.recipes.chat import Conversation
 from fastattn.recipes.loop import Diverged
 from fastattn.recipes.parallel import processes
 from fastattn.recipes.train import Settings, prepare, resumed
@@ -296,9 +304,7 @@ def train(
 
     SIGTERM and Ctrl-C end it with a checkpoint. On several GPUs: torchrun --nproc-per-node N -m fastattn.cli train ...
     """
-    names = [f.name for f in dataclasses.fields(Settings)]
-    given = [name for name in names if context.get_parameter_source(name).name == "COMMANDLINE"]
-    settings = Settings(**{name: context.params[name] for name in names})
+    settings, given = _settings(Settings, context)
     if steps is None and minutes is None:
         settings = dataclasses.replace(settings, minutes=3.0)
     with contextlib.ExitStack() as until_the_end:
@@ -310,6 +316,340 @@ def train(
             done = start()
     if us.first and done["stopped"] != "done":
         _console().print(f"Stopped by {done['stopped']} at step {done['step']}; --resume goes on.")
+
+
+Task = finetuning.Settings  # the defaults below are its
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    task: Annotated[str, typer.Argument(help="classify, tokens, qa or instruct.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A checkpoint's folder, or bert or gpt for a fresh one; by default bert, for instruct gpt."
+        ),
+    ] = Task.model,
+    out: Annotated[
+        str, typer.Option(help="Folder of the run: log.jsonl, checkpoints, scores.json.")
+    ] = Task.out,
+    size: Annotated[str, typer.Option(help="Of a fresh model: tiny, gpt2, bert-base, ...")] = Task.size,
+    data: Annotated[
+        str | None, typer.Option(help="Examples, .jsonl or .csv; else some that are made up here.")
+    ] = Task.data,
+    valid: Annotated[
+        str | None, typer.Option(help="Examples to score on; else a tenth of --data, held out.")
+    ] = Task.valid,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="bytes, a tokenizer.json, or a folder with one; else the checkpoint's, and for a fresh model one "
+            "learned from the data."
+        ),
+    ] = Task.tokenizer,
+    vocab: Annotated[int, typer.Option(help="Ids of that one.")] = Task.vocab,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of an example, beyond which it is cut, or qa: read in windows.")
+    ] = Task.max_length,
+    overlap: Annotated[
+        int, typer.Option(help="qa: tokens of the context that two windows share.")
+    ] = Task.overlap,
+    batch: Annotated[
+        int, typer.Option(help="Examples a step and process, before --accumulate.")
+    ] = Task.batch,
+    epochs: Annotated[
+        float | None, typer.Option(help="Times through the data; by default 3, for a fresh model 6.")
+    ] = Task.epochs,
+    steps: Annotated[int | None, typer.Option(help="Updates after which to stop, instead.")] = Task.steps,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate; by default 0.002 / sqrt(width), for a fresh model ten times that."),
+    ] = Task.lr,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps of warm-up; by default a tenth of all.")
+    ] = Task.warmup,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of matrices; biases and norms have none.")
+    ] = Task.weight_decay,
+    dropout: Annotated[float, typer.Option(help="Of a fresh model; others have their own.")] = Task.dropout,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 leaves it.")] = Task.clip,
+    accumulate: Annotated[int, typer.Option(help="Batches an update.")] = Task.accumulate,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bf16 autocast over fp32 weights.")] = Task.bf16,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = Task.compile,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between validations; 0: at the end only.")
+    ] = Task.eval_every,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: at the end only.")
+    ] = Task.save_every,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = Task.keep,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between lines; the log has every step.")
+    ] = Task.log_every,
+    seed: Annotated[int, typer.Option(help="Of new weights, order and dropout.")] = Task.seed,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from --out's last checkpoint; flags given again override its own."
+        ),
+    ] = False,
+    parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp.")] = "ddp",
+    device: Device = "",
+):
+    """Fine-tune a model on a task, and score it on examples held out.
+
+    Columns of the data: classify: text (text_b), label. tokens: tokens, tags, lists of one length. qa: question, context,
+    answer (answer_start). instruct: prompt, answer, or messages = [{role, content}, ...]; the loss is the answers' alone.
+    """
+    settings, given = _settings(Task, context)
+    with contextlib.ExitStack() as until_the_end:
+        with _in_a_line(ValueError, OSError, ImportError):
+            us = until_the_end.enter_context(processes(_device(device), parallel))
+            settings = resumed(settings, given, finetuning.FIXED) if resume else settings
+            start = finetuning.prepare(settings, us, resume)
+        with _in_a_line(Diverged):
+            done = start()
+        if not us.first:
+            return
+    if "scores" not in done:
+        _console().print(f"Stopped by {done['stopped']} at step {done['step']}; --resume goes on.")
+        return
+    table = Table(title=f"{task}: {done['examples']} examples held out", title_justify="left")
+    for heading in ("score", "model", "baseline"):
+        table.add_column(heading)
+    for name, value in done["scores"].items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}", f"{done['trivial'][name]:.4f}")
+    _console().print(table)
+
+
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint's folder, or a run's.")]
+ItsTokenizer = Annotated[
+    str | None,
+    typer.Option(help="bytes, a tokenizer.json, or a folder with one; by default the checkpoint's."),
+]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Tokens to read at a time; by default what the model can.")
+]
+
+
+@app.command("eval")
+def evaluate(
+    model: Checkpoint,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="lm, classify, tokens, qa or instruct; by default what the checkpoint was trained for."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="lm: text, as for `train`. Else examples, .jsonl or .csv, with the columns of `finetune`."
+        ),
+    ] = None,
+    tokenizer: ItsTokenizer = None,
+    max_length: MaxLength = None,
+    json_out: Annotated[
+        pathlib.Path | None, typer.Option("--json", help="Also write the scores here.")
+    ] = None,
+    device: Device = "",
+):
+    """Perplexity and bits per byte of text; accuracy, F1, exact match of examples."""
+    with _in_a_line(ValueError, OSError, ImportError):
+        found = evaluating.evaluate(model, task, data, tokenizer, _device(device), max_length)
+        if json_out is not None:
+            with replacing(json_out) as file:
+                file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    table = Table(title=f"{model}: {found.pop('task')}", title_justify="left")
+    for heading in ("score", "value"):
+        table.add_column(heading)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
+    _console().print(table)
+
+
+@app.command()
+def embed(
+    model: Checkpoint,
+    sentences: Annotated[
+        list[str] | None, typer.Argument(help="By default lines of --file, or of standard input.")
+    ] = None,
+    file: Annotated[pathlib.Path | None, typer.Option(help="A sentence a line.")] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Rank the sentences by their likeness to this one instead.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(help="So many of the likest only.")] = None,
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help=".npy, (N, C) float32, or .jsonl; else JSON lines are printed."),
+    ] = None,
+    tokenizer: ItsTokenizer = None,
+    max_length: MaxLength = None,
+    device: Device = "",
+):
+    """Vectors of sentences, by a BERT such as MiniLM, or sentences ranked against a query.
+
+    A vector is the mean of the tokens' last hidden states, of length 1, so that a dot product is a cosine.
+    """
+    with _in_a_line(ValueError, OSError, ImportError):
+        if out is not None and (query is not None or out.suffix not in embedding.WRITERS):
+            raise ValueError(f"--out {out}: need .npy or .jsonl, and no --query, whose ranks are printed")
+        if sentences and file is not None:
+            raise ValueError("give sentences or --file, not both")
+        if not sentences:
+            text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+            sentences = [line for line in text.splitlines() if line.strip()]
+        if not sentences:
+            raise ValueError("no sentences: give some, or --file, or lines on standard input")
+        reader, its_tokenizer, longest = embedding.opened(model, tokenizer)
+        using = (reader.to(_device(device)), its_tokenizer)
+        length = min(max_length or longest, longest)
+        if query is not None:
+            for cosine, i in embedding.rank(*using, query, sentences, length)[:top]:
+                typer.echo(f"{cosine:7.4f}  {sentences[i]}")
+        else:
+            vectors = embedding.embed(*using, sentences, length).numpy()
+            if out is None:
+                for line in embedding.lines(sentences, vectors):
+                    typer.echo(line)
+            else:
+                embedding.WRITERS[out.suffix](out, sentences, vectors)
+
+
+GPTCheckpoint = Annotated[str, typer.Argument(help="A GPT checkpoint's folder, or a run's.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Tokens to generate at most; by default 200, or what the positions leave.")
+]
+Temperature = Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the fewest tokens that reach this probability.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw from tokens at least this probable relative to the likeliest.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Makes tokens that were there before less likely; 1 does not.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Weights and cache in bf16.")]
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    model: GPTCheckpoint,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="By default standard input, or a new text where that is a terminal."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Of each prompt.")] = 1,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = None,
+    tokenizer: ItsTokenizer = None,
+    bf16: Bf16 = False,
+    device: Device = "",
+):
+    """Text that goes on from a prompt, printed as it comes.
+
+    Several prompts or samples are generated together and printed when they are done, each behind a line of ---.
+    """
+    with _in_a_line(ValueError, OSError, ImportError):
+        if samples < 1:
+            raise ValueError(f"--samples {samples}: need at least 1")
+        reader, its_tokenizer = _gpt(model, tokenizer, bf16, device)
+        sampling = _sampling(context)
+        if not prompts:
+            prompts = [""] if sys.stdin.isatty() else [sys.stdin.read().removesuffix("\n")]
+        asked = [(prompt, its_tokenizer.encode(prompt)) for prompt in prompts for _ in range(samples)]
+        if len(asked) == 1:
+            typer.echo(prompts[0], nl=False)
+            for piece in generating.pieces(reader, its_tokenizer, asked[0][1], sampling):
+                typer.echo(piece, nl=False)
+            typer.echo()
+            return
+        made = generating.texts(reader, its_tokenizer, [ids for _, ids in asked], sampling)
+    for (prompt, _), text in zip(asked, made, strict=True):
+        typer.echo(f"---\n{prompt}{text}")
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    model: GPTCheckpoint,
+    system: Annotated[str | None, typer.Option(help="What the assistant is told before all turns.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = None,
+    tokenizer: ItsTokenizer = None,
+    bf16: Bf16 = False,
+    device: Device = "",
+):
+    """Talk with a GPT that `fastattn finetune instruct` has trained: a line is a turn, from a terminal or a pipe.
+
+    /new begins a new conversation; Ctrl-C ends an answer, Ctrl-D the conversation. The template is recipes/chat.py's.
+    """
+    with _in_a_line(ValueError, OSError, ImportError):
+        using = _gpt(model, tokenizer, bf16, device)
+        begin = lambda: Conversation(*using, _sampling(context), system)  # noqa: E731
+        conversation = begin()
+        for line in _turns():
+            if line == "/new":
+                conversation = begin()
+                continue
+            forgotten = conversation.forgotten
+            try:
+                for piece in conversation.say(line):
+                    typer.echo(piece, nl=False)
+            except KeyboardInterrupt:
+                typer.echo(" ...", nl=False)
+            typer.echo()
+            if conversation.forgotten > forgotten:
+                typer.echo("(the positions are used up: the oldest turns are forgotten)", err=True)
+
+
+def _turns():
+    """Lines that say something, as they are typed."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> ") if terminal else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        if not terminal and not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _gpt(path, tokenizer, bf16, device):
+    model, its_tokenizer = pretrained.opened(path, "generate", tokenizer)
+    return model.to(_device(device), torch.bfloat16 if bf16 else None).eval(), its_tokenizer
+
+
+def _sampling(context):
+    names = [f.name for f in dataclasses.fields(generating.Sampling)]
+    given = {name: context.params[name] for name in names}
+    return generating.Sampling(**given | {"stop": tuple(given["stop"] or ())})
+
+
+def _settings(kind, context):
+    """A recipe's Settings from a command's options of the same names, and which of them were given."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    given = [name for name in names if context.get_parameter_source(name).name == "COMMANDLINE"]
+    return kind(**{name: context.params[name] for name in names}), given
 
 
 @contextlib.contextmanager

@@ -378,13 +378,14 @@ def train_bpe(texts, vocab_size):
     return Library(inner, {f"{role}_token": name for role, name in OURS.items()}, "the trained tokenizer")
 
 
+def table(rows, filler):
+    """Lists of ids as an int64 tensor (B, T), filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+
+
 def padded(sequences, pad_id):
-    """Encoded sequences as the tensors of a batch, (B, T) int64: input_ids, token_type_ids, attention_mask; padding is right."""
-    longest = max(map(len, sequences))
-
-    def table(rows, filler):
-        return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-
+    """Encoded sequences as the tensors of a batch, each (B, T): input_ids, token_type_ids, attention_mask."""
     return {
         "input_ids": table([s.ids for s in sequences], pad_id),
         "token_type_ids": table([s.type_ids for s in sequences], 0),

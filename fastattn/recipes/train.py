@@ -54,15 +54,15 @@ class Settings:
     seed: int = 0
 
 
-def resumed(settings, given):
-    """The settings of the run in settings.out with those named in `given` laid over them."""
+def resumed(settings, given, fixed=FIXED):
+    """The settings of the run in settings.out with those named in `given` laid over them, none of which may be `fixed`."""
     if not runs.checkpoints(settings.out):
         raise ValueError(f"--out {settings.out}: there is no run to go on with; leave out --resume")
     folder = runs.newest(settings.out)
     stored = runs.read_training(folder)[0].get("run", {})
-    known = {f.name for f in dataclasses.fields(Settings)}
-    before = Settings(**{name: value for name, value in stored.items() if name in known})
-    for name in FIXED:
+    known = {f.name for f in dataclasses.fields(settings)}
+    before = type(settings)(**{name: value for name, value in stored.items() if name in known})
+    for name in fixed:
         wanted = getattr(settings, name)
         if name in given and wanted != getattr(before, name):
             raise ValueError(
