@@ -145,6 +145,14 @@ def test_stack_makes_tensors():
     )
 
 
+def test_packed_documents_have_their_bounds():
+    blocks = data.Blocks(["abc", "defgh", "ijklmnop"], BYTES, 6)  # 4 + 6 + 9 tokens with their ends
+    batch = data.packed([blocks[i] for i in range(3)])
+    assert batch["cu_seqlens"].tolist() == [0, 4, 6, 10, 12, 18] and batch["cu_seqlens"].dtype == torch.int32
+    assert batch.keys() == {"input_ids", "targets", "cu_seqlens"}
+    assert "cu_seqlens" not in data.packed([blocks[2]])
+
+
 def test_no_samples_is_an_error():
     with pytest.raises(data.DataError, match="no samples"):
         data.Batches([], 2)

@@ -133,6 +133,19 @@ def stack(samples):
     return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
 
 
+def packed(samples):
+    """`stack` of Blocks, with documents as cu_seqlens (n + 1,) int32: where in the rows, one behind the other, each begins and
+    the last ends. A row begins one too. Absent where no row has more than one, so that rows are plain sequences."""
+    batch = stack(samples)
+    documents = batch.pop("documents")
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    if begins.sum() > len(documents):
+        starts = begins.flatten().nonzero().flatten()
+        batch["cu_seqlens"] = torch.cat([starts, starts.new_tensor([documents.numel()])]).int()
+    return batch
+
+
 class Batches:
     """Endless batches, in an order drawn anew for every epoch; `position`, the samples all ranks drew so far, may be set.
 

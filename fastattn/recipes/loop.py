@@ -125,7 +125,9 @@ def run(
     targets=targets_of,
     validation=None,
     metrics=None,
+    measured=None,
     sample=None,
+    mfu=None,
     save=None,
     resume=None,
     header=None,
@@ -134,7 +136,9 @@ def run(
 
     processes: of recipes.parallel; the one process if None. optimizer(model, lr) makes it, after the model is spread.
     losses(model, batch), targets(batch): as `loss_of` and `targets_of`. validation: Batches for eval_every;
-    metrics({name: mean loss}): a dict of what else to report of them. sample(model): text to show.
+    measured(batch): as targets(batch), where validation has means to take of more than the losses;
+    metrics({name: mean}): a dict of what else to report of them. sample(model): text to show. mfu(tokens per second): the
+    share of the device's peak, or None.
     save(model, folder) writes the model; its save_pretrained by default. resume: a checkpoint folder of this run, from
     which the caller has loaded the model. header: for the log.
     Returns {"step", "loss", "stopped", "checkpoint", "validation"}.
@@ -142,18 +146,19 @@ def run(
     processes = processes or Processes(next(model.parameters()).device)
     return _Run(
         model, batches, options, pathlib.Path(out), processes, optimizer, losses, targets,
-        validation, metrics, sample, save, header,
+        validation, metrics, measured or targets, sample, mfu, save, header,
     ).run(resume)  # fmt: skip
 
 
 class _Run:
     def __init__(
         self, model, batches, options, out, processes, optimizer, losses, targets,
-        validation, metrics, sample, save, header,
+        validation, metrics, measured, sample, mfu, save, header,
     ):  # fmt: skip
         self.batches, self.options, self.out, self.processes = batches, options, out, processes
         self.losses, self.targets, self.validation = losses, targets, validation
-        self.metrics, self.sample, self.header = metrics, sample, header or {}
+        self.metrics, self.measured, self.header = metrics, measured, header or {}
+        self.sample, self.mfu = sample, mfu
         self.save_model = save or (lambda model, folder: model.save_pretrained(folder))
         self.plain = model
         # what a model spread over ranks is put together in, to be saved as any other
@@ -252,6 +257,7 @@ class _Run:
         record = {"step": self.step, "loss": self.loss}
         record |= means if len(names) > 1 else {}
         record |= {"lr": lr, "norm": norm, "ms": 1e3 * seconds, "tokens_per_s": tokens / seconds}
+        record |= {"mfu": self.mfu(tokens / seconds) if self.mfu else None}
         record |= {"mib": peak_mib(device), "tokens": self.tokens}
         record |= {} if updated else {"skipped": True}
         self.teller.step(record, progress)
@@ -275,7 +281,7 @@ class _Run:
 
     def _evaluate(self, limit):
         found = evaluate(
-            self.called, self.validation, self.processes, self.losses, self.targets, limit, self.options.bf16
+            self.called, self.validation, self.processes, self.losses, self.measured, limit, self.options.bf16
         )
         found |= self.metrics(found) if self.metrics else {}
         self.teller.note({"step": self.step, "validation": found})
