@@ -222,7 +222,7 @@ def report(out: Out = pathlib.Path("bench-out")):
 @app.command()
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="gpt: next tokens.")],
+    model: Annotated[str, typer.Argument(help="gpt: next tokens. bert: covered tokens and next sentences.")],
     out: Annotated[str, typer.Option(help="Folder of the run: log.jsonl and checkpoints.")] = Settings.out,
     size: Annotated[
         str, typer.Option(help="One of the model's sizes: tiny, gpt2, gpt2-medium, ...")
@@ -261,7 +261,12 @@ def train(
     weight_decay: Annotated[
         float, typer.Option(help="Of matrices; biases and norms have none.")
     ] = Settings.weight_decay,
-    dropout: Annotated[float, typer.Option(help="Of embeddings, attention and branches.")] = Settings.dropout,
+    dropout: Annotated[
+        float | None, typer.Option(help="Of embeddings, attention, branches; by default 0, bert 0.1.")
+    ] = Settings.dropout,
+    whole_words: Annotated[
+        bool, typer.Option("--whole-words", help="bert: cover all tokens of a word together.")
+    ] = Settings.whole_words,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 leaves it.")] = Settings.clip,
     skip_above: Annotated[
         float,
@@ -278,7 +283,7 @@ def train(
         int, typer.Option(help="Batches of those; the last one takes all.")
     ] = Settings.eval_batches,
     sample_every: Annotated[
-        int, typer.Option(help="Steps between samples of text; 0: none.")
+        int, typer.Option(help="gpt: steps between samples of text; 0: none.")
     ] = Settings.sample_every,
     save_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; 0: at the end only.")

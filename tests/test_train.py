@@ -1,7 +1,9 @@
 """Training: the loop's arithmetic, runs that are interrupted, several processes, and what a person types wrongly."""
 
+import collections
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,7 +23,7 @@ from fastattn import cli
 from fastattn.backend import calls, use_backend
 from fastattn.models import checkpoint
 from fastattn.models.gpt import GPT, GPTConfig
-from fastattn.recipes import data, loop, parallel, runs, tokens
+from fastattn.recipes import data, loop, parallel, runs, tokens, train
 
 BYTES = types.SimpleNamespace(sep_id=257, encode=lambda text: list(text.encode()))
 TEXT = [f"{i} green bottles hanging on the wall, and if one should fall: {i * i}. " * 6 for i in range(9)]
@@ -129,6 +131,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     assert whole.keys() == cut.keys()
     for name in ("model.safetensors", "training.safetensors", "config.json"):
         assert whole[pathlib.Path(name)] == cut[pathlib.Path(name)], name
+    whole, cut = (runs.read_training(tmp_path / out / "step-0000009")[0] for out in ("whole", "cut"))
+    assert {**whole, "elapsed": 0} == {**cut, "elapsed": 0}
 
 
 def test_a_run_that_was_never_interrupted_differs_with_another_seed(tmp_path):
@@ -284,6 +288,55 @@ def test_the_curve_is_that_of_eager_ops(tmp_path):
     ours = curve(tmp_path / "ours", gpt(dropout=0.0), "triton", **short)
     assert all((calls - before)[op, "triton"] for op in ("attention", "layer_norm")), calls - before
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=0)
+
+
+# What is learned, from texts and through the command.
+
+
+def test_documents_of_a_block_do_not_see_each_other():
+    kind = train.NextTokens(train.Settings(batch=2))
+    on = kind.batches(kind.samples([c * 4 for c in "abcdefghij"], BYTES, 16))
+    model, batch = gpt(dropout=0.0).eval(), data.packed([on.samples[i] for i in range(len(on.samples))])
+    assert len(batch["cu_seqlens"]) > len(batch["input_ids"]) + 1
+    with torch.no_grad():
+        for p in model.h.parameters():
+            p.mul_(10)  # what a token sees has to matter
+    found = kind.losses(model, batch)["loss"].item()
+    ids, targets, total = batch["input_ids"].flatten(), batch["targets"].flatten(), 0.0
+    for start, end in zip(batch["cu_seqlens"][:-1].tolist(), batch["cu_seqlens"][1:].tolist(), strict=True):
+        logits = model(ids[None, start:end])[0][0]
+        total += torch.nn.functional.cross_entropy(logits, targets[start:end], reduction="sum").item()
+    assert math.isclose(found, total / kind.targets(batch)["loss"], rel_tol=1e-5)
+    apart = kind.losses(model, {name: batch[name] for name in ("input_ids", "targets")})["loss"].item()
+    assert not math.isclose(found, apart, rel_tol=1e-4)
+
+
+def entropy(texts):
+    """Bits a byte of someone who knows how frequent each byte is."""
+    counts = collections.Counter(b"".join(t.encode() for t in texts)).values()
+    return -sum(n * math.log2(n / sum(counts)) for n in counts) / sum(counts)
+
+
+def test_gpt_learns_the_default_text(tmp_path):
+    """The loose check of a number in the README: the full run has three minutes, this one seconds."""
+    done = train.train(train.Settings(out=str(tmp_path), steps=250, log_every=50, eval_every=0))
+    assert done["validation"]["bits_per_byte"] < 4.05 < entropy(data.documents()) - 0.7
+
+
+def test_bert_learns_to_tell_tokens_and_successors(tmp_path):
+    """Two documents of one kind of line each: a pair continues if both its parts are of one kind."""
+    for place, things in (("sea", "crab shell wave"), ("wood", "bear berry leaf")):
+        a, b, c = things.split()
+        lines = [f"{x} and {y} in the {place}\n" for x, y in itertools.permutations((a, b, c), 2)]
+        (tmp_path / f"{place}.txt").write_text("".join(lines * 30))
+    settings = train.Settings(
+        model="bert", data=str(tmp_path), out=str(tmp_path / "out"), steps=350, block=32, vocab=320, dropout=0.0,
+        held_out=0.0, log_every=50,
+    )  # fmt: skip
+    train.train(settings)
+    last = [r for r in log(tmp_path / "out") if "lr" in r][-30:]
+    mlm, nsp = (sum(r[name] for r in last) / len(last) for name in ("mlm", "nsp"))
+    assert mlm < 0.6 and nsp < 0.3, (mlm, nsp)
 
 
 # Several processes. tests/two_ranks.py runs what is compared here.
@@ -464,3 +517,15 @@ def test_a_signal_leaves_a_checkpoint_and_a_clean_exit(tmp_path, text, sent):
         assert fastattn("train", "gpt", "--out", out, "--resume", "--device", "cpu").exit_code == 0
         assert fastattn(*command, "--out", tmp_path / "whole").exit_code == 0
         assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_train_bert_goes_on_to_the_bit(tmp_path, text):
+    command = ("train", "bert", "--data", text, *TINY, "--block", 64, "--whole-words", "--held-out", "0.2")
+    assert fastattn(*command, "--steps", 3, "--out", tmp_path / "cut").exit_code == 0
+    done = fastattn("train", "bert", "--out", tmp_path / "cut", "--resume", "--steps", 6, "--device", "cpu")
+    assert done.exit_code == 0 and "nsp accuracy" in done.output, done.output
+    assert fastattn(*command, "--steps", 6, "--out", tmp_path / "whole").exit_code == 0
+    steps = [r for r in log(tmp_path / "whole") if "lr" in r]
+    assert math.isclose(steps[0]["loss"], steps[0]["mlm"] + steps[0]["nsp"], rel_tol=1e-6)
+    wrong = fastattn(*command, "--sample-every", 2, "--out", tmp_path / "other")
+    assert wrong.exit_code == 2 and "writes no text" in said(wrong)

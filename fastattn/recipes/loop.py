@@ -78,6 +78,12 @@ def targets_of(batch):
     return {"loss": int((batch["targets"] != IGNORED).sum())}
 
 
+def tokens_in(batch):
+    """Of one rank; padding is none."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
+
+
 def decayed(model, weight_decay):
     """Parameter groups: matrices decay; biases, norms and whatever else has one dimension do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -232,7 +238,7 @@ class _Run:
         names = list(counts[0])
         totals = self.processes.sum(*(sum(c[name] for c in counts) for name in names))
         totals = {name: max(total, 1) for name, total in zip(names, totals, strict=True)}
-        tokens = sum(part["input_ids"].numel() for part in parts) * self.processes.world
+        tokens = sum(map(tokens_in, parts)) * self.processes.world
         means = dict.fromkeys(names, 0.0)
         self.optimizer.zero_grad()
         for i, (part, count) in enumerate(zip(parts, counts, strict=True)):

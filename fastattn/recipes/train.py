@@ -1,4 +1,4 @@
-"""Training from nothing: a GPT on next tokens. What `fastattn train` runs.
+"""Training from nothing: a GPT on next tokens, a BERT on covered tokens and next sentences. What `fastattn train` runs.
 
 done = train(Settings(model="gpt", size="tiny", minutes=3, out="out"))
 """
@@ -9,19 +9,18 @@ import math
 import warnings
 
 import torch
+from torch.nn.functional import cross_entropy
 
-from fastattn.models import checkpoint
-from fastattn.models.gpt import GPT, GPTConfig
-from fastattn.models.gpt import SIZES as GPT_SIZES
-from fastattn.recipes import data, loop, parallel, runs, tokens
+from fastattn.models import bert, gpt
+from fastattn.recipes import data, loop, masking, parallel, runs, tokens
 
-SIZES = {"gpt": GPT_SIZES}
-FIXED = ("model", "size", "data", "tokenizer", "vocab", "block", "dropout", "held_out", "seed")
+FIXED = ("model", "size", "data", "tokenizer", "vocab", "block", "dropout", "whole_words", "held_out", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A run. None takes what suits the model: `block` its positions, `lr` 0.02 / sqrt(width), `warmup` a twentieth."""
+    """A run. None takes what suits: `block` the model's positions, `lr` 0.02 / sqrt(width), `warmup` a twentieth of the
+    steps, `dropout` 0 for a GPT and 0.1 for a BERT."""
 
     model: str = "gpt"
     out: str = "out"
@@ -37,7 +36,8 @@ class Settings:
     warmup: int | None = None
     min_lr: float = 0.1
     weight_decay: float = 0.1
-    dropout: float = 0.0
+    dropout: float | None = None
+    whole_words: bool = False  # bert
     clip: float = 1.0
     skip_above: float = 0.0
     accumulate: int = 1
@@ -46,7 +46,7 @@ class Settings:
     held_out: float = 0.05
     eval_every: int = 250
     eval_batches: int = 20
-    sample_every: int = 0
+    sample_every: int = 0  # gpt
     save_every: int = 1000
     keep: int = 2
     log_every: int = 10
@@ -58,18 +58,21 @@ def resumed(settings, given, fixed=FIXED):
     """The settings of the run in settings.out with those named in `given` laid over them, none of which may be `fixed`."""
     if not runs.checkpoints(settings.out):
         raise ValueError(f"--out {settings.out}: there is no run to go on with; leave out --resume")
-    folder = runs.newest(settings.out)
-    stored = runs.read_training(folder)[0].get("run", {})
+    stored = runs.read_training(runs.newest(settings.out))[0]["run"]
     known = {f.name for f in dataclasses.fields(settings)}
     before = type(settings)(**{name: value for name, value in stored.items() if name in known})
     for name in fixed:
         wanted = getattr(settings, name)
         if name in given and wanted != getattr(before, name):
             raise ValueError(
-                f"--{name} {wanted}: the run in {settings.out} was started with {getattr(before, name)}; "
+                f"{flag(name)} {wanted}: the run in {settings.out} was started with {getattr(before, name)}; "
                 "leave it out, or begin a new run with another --out"
             )
     return dataclasses.replace(before, **{name: getattr(settings, name) for name in {"out", *given}})
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def train(settings, device=None, resume=False, kind="ddp"):
@@ -85,54 +88,42 @@ def prepare(settings, processes, resume=False):
     warnings.filterwarnings(
         "ignore", "FSDP2-wrapped module .* returned a view"
     )  # no model here adds in place
-    if settings.model not in SIZES:
-        raise ValueError(f"model {settings.model!r}: need one of {', '.join(SIZES)}")
-    if settings.size not in SIZES[settings.model]:
-        raise ValueError(f"--size {settings.size}: need one of {', '.join(SIZES[settings.model])}")
+    if settings.model not in KINDS:
+        raise ValueError(f"model {settings.model!r}: need one of {', '.join(KINDS)}")
+    kind = KINDS[settings.model](settings)
+    if settings.size not in kind.sizes:
+        raise ValueError(f"--size {settings.size}: need one of {', '.join(kind.sizes)}")
     if not resume and runs.checkpoints(settings.out):
         raise ValueError(
             f"--out {settings.out}: holds a run already; --resume goes on with it, another --out begins anew"
         )
     folder = runs.newest(settings.out) if resume else None
-    options = _options(settings)
+    texts = data.documents(settings.data)
+    fingerprint = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     if resume:
-        _unfinished(settings, folder)
-    texts, held_out = data.split(data.documents(settings.data), settings.held_out, settings.seed)
+        _can_go_on(settings, folder, fingerprint)
+    texts, held_out = data.split(texts, settings.held_out, settings.seed)
     torch.manual_seed(settings.seed)  # the same weights on every rank
     if resume:
-        model = _read_gpt(folder)
+        model = kind.read(folder)
         tokenizer = tokens.beside(folder, model.config.vocab_size)
     else:
         tokenizer = _tokenizer(settings, texts)
-        model = _gpt(settings, tokenizer)
-    length = settings.block or model.config.n_positions
-    blocks = data.Blocks(texts, tokenizer, length)
-    fingerprint = hashlib.sha256(blocks.tokens.tobytes()).hexdigest()
-    if resume and runs.read_training(folder)[0]["run"].get("fingerprint") != fingerprint:
-        raise ValueError(
-            f"--data {settings.data or '(default)'}: is not the text that {folder} was trained on"
-        )
+        model = kind.fresh(tokenizer)
+    options = _options(settings, kind.width(model))
+    length = settings.block or kind.positions(model)
     shared = dict(seed=settings.seed, rank=processes.rank, world=processes.world)
-    batches = data.Batches(blocks, settings.batch, only_first=settings.overfit, **shared)
-    validation, metrics = None, None
+    samples = kind.samples(texts, tokenizer, length)
+    batches = kind.batches(samples, only_first=settings.overfit, **shared)
+    validation = None
     if held_out:
         try:
-            kept = data.Blocks(held_out, tokenizer, length)
+            validation = kind.batches(kind.samples(held_out, tokenizer, length), **shared)
         except data.DataError as e:
             raise data.DataError(f"--held-out {settings.held_out}: {e}; 0 trains without validation") from e
-        validation = data.Batches(kept, settings.batch, **shared)
-        ratio = len(kept.tokens) / sum(len(text.encode()) for text in held_out) / math.log(2)
-        metrics = lambda found: {"bits_per_byte": found["loss"] * ratio}  # noqa: E731
-
-    def sample(model):
-        ids = torch.tensor([tokenizer.encode("The ")], device=processes.device)
-        generator = torch.Generator(processes.device).manual_seed(settings.seed)
-        room = min(200, model.config.n_positions - ids.shape[1])
-        made = model.generate(ids, room, temperature=0.8, top_k=40, generator=generator)
-        return tokenizer.decode(made[0].tolist())
 
     def save(model, folder):
-        checkpoint.write(folder, dataclasses.asdict(model.config), model.state_dict())
+        model.save_pretrained(folder)
         tokenizer.save(folder)
 
     return lambda: loop.run(
@@ -141,18 +132,143 @@ def prepare(settings, processes, resume=False):
         options,
         settings.out,
         processes=processes,
-        optimizer=lambda model, lr: loop.adamw(model, lr, settings.weight_decay),
+        optimizer=lambda model, lr: loop.adamw(model, lr, settings.weight_decay, kind.betas),
+        losses=kind.losses,
+        targets=kind.targets,
         validation=validation,
-        metrics=metrics,
-        sample=sample,
+        measured=kind.measured,
+        metrics=lambda found: kind.metrics(found, held_out, validation.samples),
+        sample=lambda model: kind.sample(model, tokenizer, processes.device),
+        mfu=lambda speed: kind.mfu(model, speed, length, processes.world),
         save=save,
         resume=folder,
         header=dataclasses.asdict(settings) | {"fingerprint": fingerprint},
     )
 
 
-def _options(settings):
-    width = SIZES[settings.model][settings.size]["n_embd"]
+class NextTokens:
+    """A GPT on blocks of packed documents that do not see each other."""
+
+    sizes, betas = gpt.SIZES, (0.9, 0.95)
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def fresh(self, tokenizer):
+        size = dict(gpt.SIZES[self.settings.size]) | {"vocab_size": _rows(tokenizer)}
+        if self.settings.block:
+            size["n_positions"] = self.settings.block
+        ends = dict(eos_token_id=tokenizer.sep_id, pad_token_id=tokenizer.special["pad"])
+        return gpt.GPT(gpt.GPTConfig(dropout=self.settings.dropout or 0.0, **ends, **size))
+
+    def read(self, folder):
+        return gpt.GPT.from_pretrained(folder)
+
+    def width(self, model):
+        return model.config.n_embd
+
+    def positions(self, model):
+        return model.config.n_positions
+
+    def samples(self, texts, tokenizer, length):
+        return data.Blocks(texts, tokenizer, length)
+
+    def batches(self, samples, **options):
+        return data.Batches(samples, self.settings.batch, data.packed, **options)
+
+    def losses(self, model, batch):
+        ids, bounds = batch["input_ids"], batch.get("cu_seqlens")
+        where = {} if bounds is None else {"cu_seqlens": bounds, "longest": ids.shape[1]}
+        return {"loss": model(ids, batch["targets"], **where)[1]}
+
+    targets = measured = staticmethod(loop.targets_of)
+
+    def metrics(self, found, texts, samples):
+        """Every byte is predicted once, in blocks that begin without context."""
+        per_byte = len(samples.tokens) / sum(len(text.encode()) for text in texts)
+        return {"bits_per_byte": found["loss"] / math.log(2) * per_byte}
+
+    def mfu(self, model, speed, length, devices):
+        return model.mfu(speed, length, devices)
+
+    def sample(self, model, tokenizer, device):
+        ids = torch.tensor([tokenizer.encode("The ")], device=device)
+        generator = torch.Generator(device).manual_seed(self.settings.seed)
+        room = min(200, model.config.n_positions - ids.shape[1])
+        made = model.generate(ids, room, temperature=0.8, top_k=40, generator=generator)
+        return tokenizer.decode(made[0].tolist())
+
+
+class MaskedPairs:
+    """A BERT on pairs of texts: covered tokens (mlm) and whether the second follows the first (nsp)."""
+
+    sizes, betas = bert.SIZES, (0.9, 0.98)
+
+    def __init__(self, settings):
+        self.settings = settings
+        if settings.sample_every:
+            raise ValueError("--sample-every: a BERT writes no text; leave it out")
+
+    def fresh(self, tokenizer):
+        size = dict(bert.SIZES[self.settings.size]) | {"vocab_size": _rows(tokenizer)}
+        if self.settings.block:
+            size["max_position_embeddings"] = self.settings.block
+        p = 0.1 if self.settings.dropout is None else self.settings.dropout
+        drop = dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+        return bert.PreTraining(bert.BERTConfig(pad_token_id=tokenizer.pad_id, **drop, **size))
+
+    def read(self, folder):
+        return bert.PreTraining.from_pretrained(folder)
+
+    def width(self, model):
+        return model.config.hidden_size
+
+    def positions(self, model):
+        return model.config.max_position_embeddings
+
+    def samples(self, texts, tokenizer, length):
+        return masking.Pairs(texts, tokenizer, length, self.settings.whole_words)
+
+    def batches(self, samples, **options):
+        return data.Batches(samples, self.settings.batch, draw=samples.draw, **options)
+
+    def losses(self, model, batch):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        (logits_MV, logits_B2), mlm = model(**inputs, labels=batch["targets"])
+        found = {"mlm": mlm, "nsp": cross_entropy(logits_B2.float(), batch["next_sentence"])}
+        if not model.training:
+            right = logits_MV.argmax(-1) == batch["targets"][batch["targets"] != data.IGNORED]
+            follows = logits_B2.argmax(-1) == batch["next_sentence"]
+            found |= {"mlm_accuracy": right.float().mean(), "nsp_accuracy": follows.float().mean()}
+        return found
+
+    def targets(self, batch):
+        return {"mlm": int((batch["targets"] != data.IGNORED).sum()), "nsp": len(batch["targets"])}
+
+    def measured(self, batch):
+        counts = self.targets(batch)
+        return counts | {f"{name}_accuracy": n for name, n in counts.items()}
+
+    def metrics(self, found, texts, samples):
+        return {}
+
+    def mfu(self, model, speed, length, devices):
+        return None
+
+    def sample(self, model, tokenizer, device):
+        return None
+
+
+KINDS = {"gpt": NextTokens, "bert": MaskedPairs}
+
+
+def _rows(tokenizer):
+    """Of the token table: multiples of 64 make the head's products faster on a GPU, and nothing has the ids in excess."""
+    n = tokenizer.vocab_size
+    return n if n < 1024 else -(-n // 64) * 64
+
+
+def _options(settings, width):
     shared = {f.name for f in dataclasses.fields(loop.Options)}
     options = {name: value for name, value in dataclasses.asdict(settings).items() if name in shared}
     if settings.lr is None:
@@ -162,8 +278,12 @@ def _options(settings):
     return loop.Options(**options)
 
 
-def _unfinished(settings, folder):
+def _can_go_on(settings, folder, fingerprint):
     stood = runs.read_training(folder)[0]
+    if stood["run"].get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"--data {settings.data or '(default)'}: is not the text that {folder} was trained on"
+        )
     steps, minutes = settings.steps or math.inf, settings.minutes or math.inf
     if stood["step"] >= steps or stood["elapsed"] >= 60 * minutes:
         raise ValueError(
@@ -178,21 +298,3 @@ def _tokenizer(settings, texts):
     if settings.tokenizer != "bytes":
         raise ValueError("--vocab learns a tokenizer and --tokenizer names one: give one of them")
     return tokens.train_bpe(texts, settings.vocab)
-
-
-def _gpt(settings, tokenizer):
-    size = dict(GPT_SIZES[settings.size])
-    if settings.block:
-        size["n_positions"] = settings.block
-    # rows beyond the tokenizer's are never a target; multiples of 64 make the head's products faster on a GPU
-    size["vocab_size"] = (
-        tokenizer.vocab_size if tokenizer.vocab_size < 1024 else -(-tokenizer.vocab_size // 64) * 64
-    )
-    return GPT(GPTConfig(dropout=settings.dropout, **size))
-
-
-def _read_gpt(folder):
-    config, state = checkpoint.read(folder)
-    model = GPT(GPTConfig(**config))
-    checkpoint.load_into(model, state)
-    return model
