@@ -42,22 +42,11 @@ def batches(size=4, texts=TEXT, **options):
     return data.Batches(data.Blocks(texts, BYTES, 16), size, **options)
 
 
-def save(model, folder):
-    checkpoint.write(folder, dataclasses.asdict(model.config), model.state_dict())
-
-
-def load(folder):
-    config, state = checkpoint.read(folder)
-    model = GPT(GPTConfig(**config))
-    checkpoint.load_into(model, state)
-    return model
-
-
 def run(out, model=None, resume=None, on=None, **options):
     """A short run; `options` are loop.Options, `on` the batches."""
-    model = model or (load(resume) if resume else gpt())
+    model = model or (GPT.from_pretrained(resume) if resume else gpt())
     options = loop.Options(**{"steps": 8, "lr": 1e-2, "warmup": 2, "log_every": 1000} | options)
-    return loop.run(model, on or batches(), options, out, save=save, resume=resume)
+    return loop.run(model, on or batches(), options, out, resume=resume)
 
 
 def log(out):
@@ -85,14 +74,6 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
 def test_options_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="need"):
         loop.Options(**wrong)
-
-
-def test_matrices_decay_and_vectors_do_not():
-    model = gpt()
-    decaying, others = loop.decayed(model, 0.1)
-    assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0
-    assert {p.dim() for p in decaying["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
-    assert len(decaying["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
 def test_the_log_has_every_step(tmp_path):
@@ -166,11 +147,11 @@ def test_evaluation_changes_nothing(tmp_path):
     held_out = batches(texts=TEXT[:2])
     for out, extra in (("with", dict(validation=held_out)), ("without", {})):
         options = loop.Options(steps=4, eval_every=2, eval_batches=1)
-        loop.run(gpt(), batches(), options, tmp_path / out, save=save, **extra)
+        loop.run(gpt(), batches(), options, tmp_path / out, **extra)
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     found = [r["validation"] for r in log(tmp_path / "with") if "validation" in r]
     assert len(found) == 2 and found[0] != found[1]
-    model = load(tmp_path / "with" / "step-0000004").eval()
+    model = GPT.from_pretrained(tmp_path / "with" / "step-0000004").eval()
     blocks = held_out.samples
     batch = data.stack([blocks[i] for i in range(len(blocks))])
     torch.testing.assert_close(
@@ -188,7 +169,7 @@ def test_an_outlier_is_left_out(tmp_path):
 
     spoiled.calls = 0
     options = loop.Options(steps=25, skip_above=50.0)
-    loop.run(model, batches(), options, tmp_path, losses=spoiled, save=save)
+    loop.run(model, batches(), options, tmp_path, losses=spoiled)
     assert [r["step"] for r in log(tmp_path) if r.get("skipped")] == [23]
     assert losses(tmp_path)[23] < 10
 
@@ -198,7 +179,7 @@ def test_gradients_that_stay_infinite_end_the_run(tmp_path):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     broken = lambda model, batch: {"loss": loop.loss_of(model, batch)["loss"] * math.inf}  # noqa: E731
     with pytest.raises(loop.Diverged, match="smaller learning rate"):
-        loop.run(model, batches(), loop.Options(steps=9), tmp_path, losses=broken, save=save)
+        loop.run(model, batches(), loop.Options(steps=9), tmp_path, losses=broken)
     assert all((model.state_dict()[name] == t).all() for name, t in before.items())
 
 
@@ -217,7 +198,7 @@ def test_a_damaged_checkpoint_is_one_error(tmp_path, damage):
     name, how, message = damage
     run(tmp_path, steps=2)
     folder = runs.newest(tmp_path)
-    model = load(folder)
+    model = GPT.from_pretrained(folder)
     if how is None:
         (folder / name).unlink()
     elif how == "another width":
@@ -359,7 +340,7 @@ def uneven(size=4, **options):
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     for size, accumulate in ((8, 1), (2, 4)):
         options = loop.Options(steps=6, **TOGETHER | {"accumulate": accumulate})
-        loop.run(plain_gpt(), uneven(size), options, tmp_path / str(size), save=save)
+        loop.run(plain_gpt(), uneven(size), options, tmp_path / str(size))
     torch.testing.assert_close(losses(tmp_path / "8"), losses(tmp_path / "2"), rtol=1e-5, atol=0)
 
 
@@ -373,7 +354,7 @@ def two_ranks(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     options = loop.Options(steps=4, **TOGETHER)
-    loop.run(plain_gpt(), uneven(), options, out / "one", validation=uneven(), save=save)
+    loop.run(plain_gpt(), uneven(), options, out / "one", validation=uneven())
     return out
 
 
@@ -392,7 +373,9 @@ def test_two_ranks_have_the_gradients_of_one_process(two_ranks, kind):
 @pytest.mark.parametrize("kind", parallel.KINDS)
 def test_two_ranks_stop_and_go_on_like_one_process(two_ranks, kind):
     torch.testing.assert_close(losses(two_ranks / kind), losses(two_ranks / "one"), rtol=1e-5, atol=0)
-    found, alone = (load(two_ranks / out / "step-0000004").state_dict() for out in (kind, "one"))
+    found, alone = (
+        GPT.from_pretrained(two_ranks / out / "step-0000004").state_dict() for out in (kind, "one")
+    )
     for name, t in alone.items():
         torch.testing.assert_close(found[name], t, rtol=1e-4, atol=1e-5, msg=name)
     held = [
@@ -408,7 +391,7 @@ def test_one_process_goes_on_with_what_two_left(two_ranks, tmp_path):
     shutil.copytree(two_ranks / "fsdp" / "step-0000001", tmp_path / "step-0000001")
     folder = runs.newest(tmp_path)
     options = loop.Options(steps=4, **TOGETHER)
-    loop.run(load(folder), uneven(), options, tmp_path, save=save, resume=folder)
+    loop.run(GPT.from_pretrained(folder), uneven(), options, tmp_path, resume=folder)
     torch.testing.assert_close(losses(tmp_path), losses(two_ranks / "one")[1:], rtol=1e-5, atol=0)
 
 
@@ -472,7 +455,7 @@ def test_a_bpe_is_learned_on_the_way(tmp_path, text):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (("--size", "huge"), "--size huge: need one of tiny, gpt2"),
+        (("--size", "huge"), "--size huge: need one of tiny, gpt1"),
         (("--data", "nowhere.txt"), "nowhere.txt: there is no such file"),
         (("--tokenizer", "nowhere"), "nowhere: there is no such tokenizer"),
         (("--tokenizer", "x.json", "--vocab", "300"), "give one of them"),

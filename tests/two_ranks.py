@@ -20,7 +20,7 @@ if __name__ == "__main__":
                 model, resume = alone.plain_gpt(), None
                 if steps == 4:
                     resume = runs.newest(out / kind)
-                    model = alone.load(resume)
+                    model = alone.GPT.from_pretrained(resume)
                 ours = dict(rank=us.rank, world=us.world, size=2)
                 options = loop.Options(steps=steps, **alone.TOGETHER)
                 loop.run(
@@ -30,6 +30,5 @@ if __name__ == "__main__":
                     out / kind,
                     processes=us,
                     validation=alone.uneven(**ours),
-                    save=alone.save,
                     resume=resume,
                 )

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastattn.models.checkpoint import CheckpointError
+from fastattn.models.training import configure_optimizer
 from fastattn.recipes import runs
 from fastattn.recipes.data import IGNORED
 from fastattn.recipes.parallel import Processes, as_part_of, whole
@@ -84,18 +85,8 @@ def tokens_in(batch):
     return batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
 
 
-def decayed(model, weight_decay):
-    """Parameter groups: matrices decay; biases, norms and whatever else has one dimension do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
 def adamw(model, lr, weight_decay=0.1, betas=(0.9, 0.95)):
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(decayed(model, weight_decay), lr=lr, betas=betas, fused=fused)
+    return configure_optimizer(model, lr, weight_decay=weight_decay, betas=betas)
 
 
 def evaluate(model, batches, processes, losses=loss_of, targets=targets_of, limit=None, bf16=False):

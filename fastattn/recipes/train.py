@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fastattn.models import bert, gpt
+from fastattn.models.training import configure_optimizer
 from fastattn.recipes import data, loop, masking, parallel, runs, tokens
 
 FIXED = ("model", "size", "data", "tokenizer", "vocab", "block", "dropout", "whole_words", "held_out", "seed")
@@ -132,7 +133,9 @@ def prepare(settings, processes, resume=False):
         options,
         settings.out,
         processes=processes,
-        optimizer=lambda model, lr: loop.adamw(model, lr, settings.weight_decay, kind.betas),
+        optimizer=lambda model, lr: configure_optimizer(
+            model, lr, weight_decay=settings.weight_decay, betas=kind.betas
+        ),
         losses=kind.losses,
         targets=kind.targets,
         validation=validation,
@@ -215,10 +218,10 @@ class MaskedPairs:
             size["max_position_embeddings"] = self.settings.block
         p = 0.1 if self.settings.dropout is None else self.settings.dropout
         drop = dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p)
-        return bert.PreTraining(bert.BERTConfig(pad_token_id=tokenizer.pad_id, **drop, **size))
+        return bert.BERTForPreTraining(bert.BERTConfig(pad_token_id=tokenizer.pad_id, **drop, **size))
 
     def read(self, folder):
-        return bert.PreTraining.from_pretrained(folder)
+        return bert.BERTForPreTraining.from_pretrained(folder)
 
     def width(self, model):
         return model.config.hidden_size
