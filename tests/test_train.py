@@ -377,6 +377,10 @@ def test_two_ranks_stop_and_go_on_like_one_process(two_ranks, kind):
         GPT.from_pretrained(two_ranks / out / "step-0000004").state_dict() for out in (kind, "one")
     )
     for name, t in alone.items():
+        if name.endswith(
+            "c_attn.bias"
+        ):  # softmax forgets what is added to all keys: AdamW walks by rounding errors there
+            t, found[name] = (both.view(3, -1)[[0, 2]] for both in (t, found[name]))
         torch.testing.assert_close(found[name], t, rtol=1e-4, atol=1e-5, msg=name)
     held = [
         [r["validation"]["loss"] for r in log(two_ranks / out) if "validation" in r][-1]
