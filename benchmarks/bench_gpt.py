@@ -1,8 +1,8 @@
 """A GPT learns English: the same model from the same seed on stock torch ("eager") and on fastattn, step by step.
 
 Eager is the same GPT with use_backend("torch"), that is F.scaled_dot_product_attention, F.layer_norm, F.embedding and
-their like: on a CPU, where fastattn runs stock torch too, it is torch against torch and only the agreement says something.
-There Triton follows in its interpreter: 30 steps of a two-layer GPT whose every gradient is held to the 2 x rule.
+their like, and F.cross_entropy of all logits at once: on a CPU, where fastattn runs stock torch too, it is torch against
+torch and only the agreement says something. There Triton follows in its interpreter: 30 steps of a two-layer GPT whose every gradient is held to the 2 x rule.
 
 Tokens are bytes. The default text is the one that ships inside Python itself, pydoc_data.topics.
 """
@@ -21,15 +21,11 @@ import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
 from fastattn import backend, check
 from fastattn.models.gpt import GPT, SIZES, GPTConfig
 
-PEAK_TFLOPS = {
-    (8, 0): 312.0,
-    (9, 0): 989.5,
-    (10, 0): 2250.0,
-}  # dense bf16, by compute capability: what MFU is a share of
 LEARNING_RATE = 1e-3
 FOLLOWED_STEPS = 30
 
@@ -79,11 +75,15 @@ def batch_of(text, size, length, step):
 class Runner:
     """One model, its optimizer and the surroundings it trains in."""
 
-    def __init__(self, plan, device, surroundings, compile=False):
+    def __init__(self, plan, device, surroundings, compile=False, whole_logits=True):
         torch.manual_seed(0)
         self.plan, self.device, self.surroundings = plan, device, surroundings
         self.model = GPT(plan.config).to(device)
-        self.forward = torch.compile(self.model) if compile else self.model
+        self.loss = (
+            self._whole_logits_loss if whole_logits else lambda ids, targets: self.model(ids, targets)[1]
+        )
+        if compile:
+            self.loss = torch.compile(self.loss)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda"
         )
@@ -97,7 +97,7 @@ class Runner:
         began = time.perf_counter()
         with self.surroundings():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.autocast):
-                loss = self.forward(ids, targets)[1]
+                loss = self.loss(ids, targets)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
@@ -106,13 +106,16 @@ class Runner:
         if self.device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before)
 
+    def _whole_logits_loss(self, ids, targets):
+        return cross_entropy(self.model(ids)[0].flatten(0, 1).float(), targets.flatten())
+
 
 def runners(plan, device):
     stock = lambda: backend.use_backend("torch")  # noqa: E731
     if device.type == "cpu":
         return {
             "eager": Runner(plan, device, stock),
-            "fastattn": Runner(plan, device, contextlib.nullcontext),
+            "fastattn": Runner(plan, device, contextlib.nullcontext, whole_logits=False),
         }
 
     @contextlib.contextmanager
@@ -124,10 +127,11 @@ def runners(plan, device):
         "eager": Runner(plan, device, stock),
         "eager, attention by matrix products": Runner(plan, device, naive),
         "compile": Runner(plan, device, stock, compile=True),
-        "fastattn triton": Runner(plan, device, lambda: backend.use_backend("triton")),
+        "fastattn triton": Runner(plan, device, lambda: backend.use_backend("triton"), whole_logits=False),
     }
     if backend.PROVEN or backend.verdict(device):
-        found["fastattn"] = Runner(plan, device, contextlib.nullcontext)  # what runs by default on this card
+        # what runs by default on this card
+        found["fastattn"] = Runner(plan, device, contextlib.nullcontext, whole_logits=False)
     return found
 
 
@@ -168,6 +172,7 @@ def run(device, quick, data, progress):
         ids = torch.tensor([list(prompt.encode())], device=device)
         room = min(400, length - ids.shape[1])
         made = ours.model.generate(ids, room, temperature=0.8, top_k=40, generator=generator)[0]
+    speeds = {n: settings.tokens / statistics.median(r.seconds) for n, r in found.items()}
     result = {
         "text": f"{name}, {len(text):,} bytes",
         "model": f"{settings.config.n_layer} layers, width {settings.config.n_embd}, "
@@ -177,9 +182,10 @@ def run(device, quick, data, progress):
         "losses": {runner_name: runner.losses for runner_name, runner in found.items()},
         "apart": apart,
         "tolerance": tolerance,
-        "tokens_per_s": {n: settings.tokens / statistics.median(r.seconds) for n, r in found.items()},
+        "tokens_per_s": speeds,
         "peak_mb": {n: r.peak / 1e6 for n, r in found.items()} if device.type == "cuda" else {},
-        "mfu": _mfu(settings, ours.model, found, device),
+        # of the card's dense bf16 peak; a card whose peak is not known has none
+        "mfu": {n: share for n, speed in speeds.items() if (share := ours.model.mfu(speed)) is not None},
         "calls": calls,
         "sample": bytes(t if t < 256 else 63 for t in made.tolist()).decode(errors="replace"),
     }
@@ -193,17 +199,6 @@ def run(device, quick, data, progress):
     return result, wrong
 
 
-def _mfu(settings, model, found, device):
-    """Share of the card's dense bf16 peak, by the usual count: 6 a parameter and token, 12 L C T for attention."""
-    peak = device.type == "cuda" and PEAK_TFLOPS.get(torch.cuda.get_device_capability(device))
-    if not peak:
-        return {}
-    config = settings.config
-    n = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
-    flops = (6 * n + 12 * config.n_layer * config.n_embd * config.n_positions) * settings.tokens
-    return {name: flops / statistics.median(runner.seconds) / peak / 1e12 for name, runner in found.items()}
-
-
 def follow(device, steps, step_done):
     """Train a two-layer GPT with use_backend("triton"); at every step stock torch computes the same loss and gradients, in fp32
     and in float64, at the same weights. Beside it, eager trains by itself from the same seed.
@@ -212,7 +207,7 @@ def follow(device, steps, step_done):
     single step of a small parameter has too few numbers for a ratio of two rounding errors to mean anything.
     """
     settings = Plan(GPTConfig(**SIZES["tiny"] | {"n_positions": 32}), batch=2, steps=steps, autocast=False)
-    runner = Runner(settings, device, lambda: backend.use_backend("triton"))
+    runner = Runner(settings, device, lambda: backend.use_backend("triton"), whole_logits=False)
     free = Runner(settings, device, lambda: backend.use_backend("torch"))
     models = {
         "triton": runner.model,

@@ -143,13 +143,14 @@ def test_gpt_learns_from_a_file_and_writes(tmp_path, nothing_followed):
     assert done.exit_code == 0, done.output
     for expected in (
         "text.txt, 2,250 bytes",
-        "0.0e+00 apart",
+        "apart from eager's",
         "torch against torch",
         "Text the model writes",
     ):
         assert expected in done.output
     losses = json.loads((tmp_path / "results.json").read_text())["gpt"]["losses"]
-    assert losses["eager"] == losses["fastattn"] and losses["eager"][-1] < 0.8 * losses["eager"][0]
+    assert losses["fastattn"] == pytest.approx(losses["eager"], rel=1e-4)
+    assert losses["eager"][-1] < 0.8 * losses["eager"][0]
     assert (tmp_path / "gpt.png").exists()
 
 
