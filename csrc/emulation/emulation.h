@@ -76,12 +76,17 @@ To bits_as(From from) {
     return to;
 }
 
-// v off by -ulps .. ulps units in the last place. Which is a function of v alone, as it is on a GPU; exp(0) = 1 is exact.
-inline float approximate(float v, int ulps = 2) {
-    if (!(fabsf(v) > 1e-37f && fabsf(v) < 1e38f) || v == 1) return v;
+// A number within ulps units in the last place of the exact one, what rounding to fp32 adds included. Which is a function of
+// the number alone, as it is on a GPU; exp(0) = 1 is exact.
+inline float approximate(double exact, int ulps = 2) {
+    const auto v = static_cast<float>(exact);
+    if (!(fabsf(v) > 1e-37f && fabsf(v) < 1e38f) || exact == 1) return v;
     uint32_t hash = bits_as<uint32_t>(v) * 2654435769u;
     hash = (hash ^ hash >> 15) * 2246822519u;
-    return bits_as<float>(bits_as<uint32_t>(v) + (hash >> 16) % (2 * ulps + 1) - ulps);
+    int off = static_cast<int>((hash >> 16) % (2 * ulps + 1)) - ulps;
+    const bool rounded_away = fabs(v) > fabs(exact), rounded_in = fabs(v) < fabs(exact);
+    if ((off == ulps && rounded_away) || (off == -ulps && rounded_in)) off = 0;
+    return bits_as<float>(bits_as<uint32_t>(v) + off);
 }
 
 template <typename T>
@@ -174,23 +179,23 @@ inline float __fsqrt_rn(float v) { return sqrtf(v); }
 inline float __frsqrt_rn(float v) { return static_cast<float>(1 / sqrt(static_cast<double>(v))); }
 
 // The errors are those of the guide's appendix on mathematical functions.
-inline float rsqrtf(float v) { return emulation::approximate(static_cast<float>(1 / sqrt(double{v}))); }
+inline float rsqrtf(float v) { return emulation::approximate(1 / sqrt(double{v})); }
 inline float __fdividef(float a, float b) { return emulation::approximate(a / b); }
 inline float __expf(float v) {
-    return emulation::approximate(expf(v), 2 + (fabsf(v) < 100 ? static_cast<int>(1.173f * fabsf(v)) : 0));
+    return emulation::approximate(exp(double{v}), 2 + (fabsf(v) < 100 ? static_cast<int>(1.173f * fabsf(v)) : 0));
 }
 inline float __logf(float v) {
     // an absolute error of 2^-21.41 near 1, 3 ulp elsewhere
     return v > 0.5f && v < 2 ? logf(v) + 3.6e-7f * (emulation::approximate(v) > v ? 1 : -1)
-                             : emulation::approximate(logf(v), 3);
+                             : emulation::approximate(log(double{v}), 3);
 }
-#define expf(v) (::emulation::approximate(expf(v), 1))
-#define exp2f(v) (::emulation::approximate(exp2f(v)))
-#define logf(v) (::emulation::approximate(logf(v), 1))
-#define log2f(v) (::emulation::approximate(log2f(v), 1))
-#define log1pf(v) (::emulation::approximate(log1pf(v), 1))
-#define sinf(v) (::emulation::approximate(sinf(v)))
-#define cosf(v) (::emulation::approximate(cosf(v)))
+#define expf(v) (::emulation::approximate(::exp(static_cast<double>(v)), 1))
+#define exp2f(v) (::emulation::approximate(::exp2(static_cast<double>(v))))
+#define logf(v) (::emulation::approximate(::log(static_cast<double>(v)), 1))
+#define log2f(v) (::emulation::approximate(::log2(static_cast<double>(v)), 1))
+#define log1pf(v) (::emulation::approximate(::log1p(static_cast<double>(v)), 1))
+#define sinf(v) (::emulation::approximate(::sin(static_cast<double>(v))))
+#define cosf(v) (::emulation::approximate(::cos(static_cast<double>(v))))
 inline void emulated_sincosf(float v, float* s, float* c) {
     *s = sinf(v);
     *c = cosf(v);
