@@ -12,11 +12,12 @@
 
 void bind_layer_norm(py::module_& m);
 void bind_position(py::module_& m);
+void bind_softmax(py::module_& m);
 
 namespace {
 
 int prepare_kernels() {
-    for (auto prepare : {layer_norm_prepare, position_prepare})
+    for (auto prepare : {layer_norm_prepare, position_prepare, softmax_prepare})
         if (const int code = prepare()) return code;
     return cudaSuccess;
 }
@@ -163,4 +164,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("describe", &describe, py::arg("tensor"));
     bind_layer_norm(m);
     bind_position(m);
+    bind_softmax(m);
 }

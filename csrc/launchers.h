@@ -92,6 +92,14 @@ struct Lookups {
     bool weight_wide, bias_wide;
 };
 
+// The dims of a softmax over N, merged by the strides of all tensors together.
+struct SoftmaxSizes {
+    int64_t A, B, M, N;
+};
+struct SoftmaxStrides {
+    int64_t a, b, m, n;
+};
+
 extern "C" {
 
 int layer_norm_fwd(const LayerNormFwd* call, void* stream);
@@ -134,4 +142,18 @@ int segment_sums(const void* dx, Rows rows, const int32_t* keys, const int64_t* 
                  void* stream);
 
 int position_prepare();
+
+// Softmax over N of x rounded to y_dtype, or its logarithm. masked: of scale * x where mask (bytes; null: everywhere) and,
+// if causal, n <= m; a row with nothing attended is 0. Strides in elements. No size is 0.
+int softmax_fwd(const void* x, const void* mask, void* y, SoftmaxStrides stride_x, SoftmaxStrides stride_mask,
+                SoftmaxStrides stride_y, SoftmaxSizes sizes, int x_dtype, int y_dtype, float scale, bool log,
+                bool masked, bool causal, void* stream);
+
+// dx of softmax_fwd's y, with y's strides.
+int softmax_bwd(const void* dy, const void* y, void* dx, SoftmaxStrides stride_dy, SoftmaxStrides stride_y,
+                SoftmaxSizes sizes, int dy_dtype, int y_dtype, int dx_dtype, float scale, bool log, bool causal,
+                void* stream);
+
+// Loads every kernel of softmax.cu onto the current device.
+int softmax_prepare();
 }

@@ -85,8 +85,8 @@ __device__ void store_either(void* to, bool wide, int64_t at, const float (&from
 // Folds each of kCount values over groups of kThreads neighbouring threads: a power of two up to a warp, or else the
 // whole block. All threads take part and get the result, the same bits in each, in an order that never varies; `op` must
 // commute.
-template <int kThreads, int kCount, typename Op>
-__device__ void group_reduce(float (&v)[kCount], Op op) {
+template <int kThreads, typename V, int kCount, typename Op>
+__device__ void group_reduce(V (&v)[kCount], Op op) {
 #pragma unroll
     for (int step = (kThreads < 32 ? kThreads : 32) / 2; step > 0; step /= 2)
 #pragma unroll
@@ -94,7 +94,7 @@ __device__ void group_reduce(float (&v)[kCount], Op op) {
     if constexpr (kThreads > 32) {
         constexpr int kMost = 4;
         static_assert(kCount <= kMost && kThreads <= 1024 && kThreads % 32 == 0);
-        SMEM_ARRAY(float, sPart, [kMost][32]);
+        SMEM_ARRAY(V, sPart, [kMost][32]);
         if (threadIdx.x % 32 == 0)
             for (int i = 0; i < kCount; i++) sPart[i][threadIdx.x / 32] = v[i];
         __syncthreads();

@@ -87,6 +87,7 @@ struct Tensor {
         return n;
     }
     bool contiguous() const {
+        if (numel() == 0) return true;
         int64_t expected = 1;
         bool so = true;
         for (int i = dl.ndim - 1; i >= 0; i--) {

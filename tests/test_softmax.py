@@ -1,4 +1,4 @@
-"""Softmax, log-softmax and the scaled, masked one in Triton: values, gradients, layouts, contracts."""
+"""Softmax, log-softmax and the scaled, masked one in Triton and CUDA C++: values, gradients, layouts, contracts."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from fastattn.ops import softmax as op
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def forced(function, name="triton"):
+def forced(function, name):
     @functools.wraps(function)
     def run(*args, **options):
         with use_backend(name):
@@ -46,17 +46,45 @@ ACROSS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
 @pytest.mark.parametrize("shape, dim", ROWS + ACROSS, ids=str)
-def test_values_and_gradients(shape, dim, log, dtype):
+def test_values_and_gradients(fused, shape, dim, log, dtype):
     ours, wanted = (log_softmax, reference.log_softmax) if log else (softmax, reference.softmax)
-    assert not check(forced(ours), wanted, (leaf(*shape, dtype=dtype, std=3.0),), options={"dim": dim})
+    assert not check(forced(ours, fused), wanted, (leaf(*shape, dtype=dtype, std=3.0),), options={"dim": dim})
+
+
+# Around every change of variant, and what lies between two 16-byte vectors.
+@pytest.mark.parametrize("N", [1, 7, 8, 9, 31, 32, 33, 127, 129, 512, 513, 1024, 3072, 3073, 8193, 33000])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("fused", ["cuda"], indirect=True)
+def test_any_row_length_anywhere(fused, N, offset):
+    mask = torch.rand(3 * N + offset)[offset:].view(3, N) > 0.3
+    for dtype in DTYPES if N < 3000 else DTYPES[2:]:
+        x = (3 * torch.randn(3 * N + offset)).to(dtype)[offset:].view(3, N).requires_grad_()
+        for ours, wanted, options in (
+            (softmax, reference.softmax, {}),
+            (log_softmax, reference.log_softmax, {}),
+            (scaled_masked_softmax, reference.scaled_masked_softmax, {"mask": mask, "scale": 0.8}),
+        ):
+            assert not check(forced(ours, fused), wanted, (x,), options=options)
+
+
+@pytest.mark.parametrize("N", [300, 1030])
+@pytest.mark.parametrize("fused", ["cuda"], indirect=True)
+def test_causal_rows_end_at_the_diagonal(fused, N):
+    scores = torch.randn(N, N).bfloat16()
+    mask = torch.rand(N) > 0.3
+    for options in ({"causal": True}, {"causal": True, "mask": mask}):
+        inputs = (scores[-40:].clone().requires_grad_(),) if N > 1000 else (scores.requires_grad_(),)
+        assert not check(
+            forced(scaled_masked_softmax, fused), reference.scaled_masked_softmax, inputs, options=options
+        )
 
 
 @pytest.mark.parametrize("std", [8.0, 30.0])
 @pytest.mark.parametrize("offset", [0.0, 3000.0])
-def test_large_logits(std, offset):
+def test_large_logits(fused, std, offset):
     x = (std * torch.randn(5, 200) + offset).requires_grad_()
     for ours, wanted in ((softmax, reference.softmax), (log_softmax, reference.log_softmax)):
-        assert not check(forced(ours), wanted, (x,))
+        assert not check(forced(ours, fused), wanted, (x,))
 
 
 MASKS = {"none": None, "keys": (2, 1, 1, 70), "queries": (9, 1), "a batch": (2, 1, 9, 70), "a head": (3, 1, 70),
@@ -65,17 +93,20 @@ MASKS = {"none": None, "keys": (2, 1, 1, 70), "queries": (9, 1), "a batch": (2, 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_scaled_masked_softmax(mask, causal):
+def test_scaled_masked_softmax(fused, mask, causal):
     options = {"scale": -0.7, "causal": causal, "mask": None}
     if MASKS[mask]:
         options["mask"] = torch.rand(MASKS[mask]) > 0.4
     assert not check(
-        forced(scaled_masked_softmax), reference.scaled_masked_softmax, (leaf(2, 3, 9, 70),), options=options
+        forced(scaled_masked_softmax, fused),
+        reference.scaled_masked_softmax,
+        (leaf(2, 3, 9, 70),),
+        options=options,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend_name", ["triton", "torch"])
+@pytest.mark.parametrize("backend_name", ["triton", "cuda", "torch"])
 @pytest.mark.parametrize("shape", [(2, 70, 130), (3, 33000)], ids=str)
 def test_scaled_masked_softmax_rows_with_nothing_attended(shape, backend_name, dtype):
     mask = torch.rand(shape) > 0.5
@@ -90,26 +121,26 @@ def test_scaled_masked_softmax_rows_with_nothing_attended(shape, backend_name, d
 
 
 @pytest.mark.parametrize("N", [40, 33000])
-def test_what_is_excluded_never_leaks(N):
+def test_what_is_excluded_never_leaks(fused, N):
     scores, dy = torch.randn(2, 4, N), torch.randn(2, 4, N)
     wanted = reference.scaled_masked_softmax(scores, causal=True)
     above = torch.ones(4, N, dtype=torch.bool).triu(1)
     leaky = scores.masked_fill(above, math.nan).requires_grad_()
-    y = forced(scaled_masked_softmax)(leaky, causal=True)
+    y = forced(scaled_masked_softmax, fused)(leaky, causal=True)
     dscores = torch.autograd.grad(y, leaky, dy.masked_fill(above, math.inf))[0]
     torch.testing.assert_close(y, wanted)
     assert dscores.isfinite().all() and not dscores.masked_select(above).any()
 
 
 @pytest.mark.parametrize("N", [5, 33000])
-def test_infinities_are_torchs(N):
+def test_infinities_are_torchs(fused, N):
     x = torch.randn(5, N)
     x[0] = -math.inf
     x[1, : N - 1] = -math.inf
     x[2, 1], x[3, 2] = math.inf, math.nan
     for ours, stock in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
-        torch.testing.assert_close(forced(ours)(x), stock(x, -1), equal_nan=True)
-    scores = forced(scaled_masked_softmax)(x)
+        torch.testing.assert_close(forced(ours, fused)(x), stock(x, -1), equal_nan=True)
+    scores = forced(scaled_masked_softmax, fused)(x)
     assert not scores[0].any() and scores[1, -1] == 1
 
 
@@ -125,7 +156,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_do_not_matter(layout):
+def test_strides_do_not_matter(fused, layout):
     x, dy = LAYOUTS[layout](), LAYOUTS[layout]()
     mask = torch.rand(x.shape[::-1]).permute(*range(x.dim())[::-1]) > 0.3
     functions = [functools.partial(softmax, dim=dim) for dim in range(x.dim())]
@@ -134,44 +165,46 @@ def test_strides_do_not_matter(layout):
         results = []
         for given, gradient in ((x, dy), (x.contiguous(), dy.contiguous())):
             given = given.detach().requires_grad_()
-            y = forced(function)(given)
+            y = forced(function, fused)(given)
             assert y.is_contiguous()
             results.append((y, torch.autograd.grad(y, given, gradient)[0]))
         for a, b in zip(*results, strict=True):  # another layout may sum in another order
             torch.testing.assert_close(a, b)
 
 
-def test_a_gradient_without_memory():
+def test_a_gradient_without_memory(fused):
     x = leaf(3, 24)
     for ours, stock in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
-        gradients = [torch.autograd.grad(f(x, 0)[1].sum(), x)[0] for f in (forced(ours), stock)]
+        gradients = [torch.autograd.grad(f(x, 0)[1].sum(), x)[0] for f in (forced(ours, fused), stock)]
         torch.testing.assert_close(*gradients)
-        torch.testing.assert_close(*(torch.autograd.grad(f(x, 1).sum(), x)[0] for f in (forced(ours), stock)))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(f(x, 1).sum(), x)[0] for f in (forced(ours, fused), stock))
+        )
 
 
 @pytest.mark.parametrize("shape, dim", [((0, 8), 1), ((8, 0), 1), ((8, 0), 0), ((), 0), ((), -1), ((1,), 0)])
-def test_empty_and_scalar(shape, dim):
+def test_empty_and_scalar(fused, shape, dim):
     x = leaf(*shape)
     for ours, stock in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
-        y = forced(ours)(x, dim)
+        y = forced(ours, fused)(x, dim)
         torch.testing.assert_close(y, stock(x, dim))
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
     if x.dim() == 2:
-        assert forced(scaled_masked_softmax)(x).shape == x.shape
+        assert forced(scaled_masked_softmax, fused)(x).shape == x.shape
 
 
 @pytest.mark.parametrize("from_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("to_dtype", DTYPES, ids=str)
-def test_dtype_is_torchs(from_dtype, to_dtype):
+def test_dtype_is_torchs(fused, from_dtype, to_dtype):
     x = leaf(9, 40, dtype=from_dtype, std=4.0)
     for ours, stock in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
-        assert forced(ours)(x, -1, to_dtype).dtype == to_dtype
+        assert forced(ours, fused)(x, -1, to_dtype).dtype == to_dtype
         in_dtype = functools.partial(stock, dim=-1, dtype=to_dtype)
         wanted = functools.partial(stock, dim=-1)
-        assert not check(lambda t, f=ours: forced(f)(t, -1, to_dtype), wanted, (x,), baseline=in_dtype)
+        assert not check(lambda t, f=ours: forced(f, fused)(t, -1, to_dtype), wanted, (x,), baseline=in_dtype)
 
 
-def test_the_launchers_behind_torch_ops():
+def test_the_launchers_behind_torch_ops(fused):
     x, mask, ops = torch.randn(2, 5, 24), (torch.rand(5, 24) > 0.5).expand(2, 5, 24), torch.ops.fastattn
     y = torch.softmax(x, 1)
     for name, args in {
@@ -180,12 +213,12 @@ def test_the_launchers_behind_torch_ops():
         "scaled_masked_softmax_fwd": (x, mask, 0.5, True, torch.float32),
         "scaled_masked_softmax_bwd": (x, y, 0.5, True, torch.float32),
     }.items():
-        torch.library.opcheck(getattr(ops, name).default, (*args, "triton"))
+        torch.library.opcheck(getattr(ops, name).default, (*args, fused))
 
 
 @pytest.mark.parametrize("function", [softmax, functools.partial(scaled_masked_softmax, causal=True, scale=0.5)],
                          ids=["softmax", "scaled_masked_softmax"])  # fmt: skip
-@pytest.mark.parametrize("backend_name", ["triton", None], ids=["triton", "default"])
+@pytest.mark.parametrize("backend_name", ["triton", "cuda", None], ids=["triton", "cuda", "default"])
 def test_compiles_to_one_graph(function, backend_name):
     x = leaf(5, 24)
     compiled = torch.compile(lambda t: function(t).sin(), fullgraph=True, backend="aot_eager")
@@ -221,19 +254,19 @@ def test_double_backward(monkeypatch):
     assert torch.autograd.gradgradcheck(masked, x)
 
 
-def test_autocast_is_torchs(monkeypatch):
+def test_autocast_is_torchs(fused, monkeypatch):
     x = torch.randn(3, 8).bfloat16()
     assert op.WIDENED == {"cuda"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for name in ("triton", "torch"):
+        for name in (fused, "torch"):
             assert forced(softmax, name)(x).dtype == torch.softmax(x, -1).dtype
         monkeypatch.setattr(op, "WIDENED", frozenset({"cpu"}))
         for function in (softmax, log_softmax, scaled_masked_softmax):
-            assert forced(function)(x).dtype == torch.float32
-            assert forced(function)(x, out_dtype="input").dtype == torch.bfloat16
+            assert forced(function, fused)(x).dtype == torch.float32
+            assert forced(function, fused)(x, out_dtype="input").dtype == torch.bfloat16
 
 
-def test_refusals_name_their_reason():
+def test_refusals_name_their_reason(fused):
     x = torch.randn(2, 8)
     for call, reason in (
         (lambda: softmax(x.double()), "input dtype torch.float64"),
@@ -241,7 +274,7 @@ def test_refusals_name_their_reason():
         (lambda: softmax(x.long(), dtype=torch.float32), "input dtype torch.int64"),
         (lambda: scaled_masked_softmax(x.double()), "float64"),
     ):
-        with use_backend("triton"), pytest.raises(NotImplementedError, match=reason):
+        with use_backend(fused), pytest.raises(NotImplementedError, match=reason):
             call()
     assert softmax(x.long(), dtype=torch.float32).dtype == torch.float32
     torch.testing.assert_close(softmax(x.double()), torch.softmax(x.double(), -1))
@@ -274,7 +307,12 @@ def test_wrong_arguments():
             call()
 
 
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @hypothesis.given(
     sizes=st.lists(st.integers(3, 9), min_size=2, max_size=4),
     order=st.randoms(use_true_random=False),
@@ -282,7 +320,7 @@ def test_wrong_arguments():
     dtype=st.sampled_from(DTYPES),
     log=st.booleans(),
 )
-def test_any_shape_and_strides(sizes, order, steps, dtype, log):
+def test_any_shape_and_strides(fused, sizes, order, steps, dtype, log):
     """x is a strided view of memory whose dims lie in any order."""
     dims = list(range(len(sizes)))
     order.shuffle(dims)
@@ -292,4 +330,4 @@ def test_any_shape_and_strides(sizes, order, steps, dtype, log):
     ]
     ours, wanted = (log_softmax, reference.log_softmax) if log else (softmax, reference.softmax)
     x = x.detach().requires_grad_()
-    assert not check(forced(ours), wanted, (x,), options={"dim": dims[0]})
+    assert not check(forced(ours, fused), wanted, (x,), options={"dim": dims[0]})

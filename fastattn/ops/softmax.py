@@ -5,6 +5,7 @@ import math
 import torch
 
 from fastattn import backend
+from fastattn.cuda.softmax import softmax_why_not
 
 OP = "softmax"
 WIDENED = backend.autocast_devices("softmax.int") & backend.autocast_devices("log_softmax.int")
@@ -104,16 +105,16 @@ class _Softmax(torch.autograd.Function):
     def forward(ctx, x, dim, log, dtype, chosen):
         y = backend.run("softmax_fwd", chosen, OP, x, dim, log, dtype)
         ctx.save_for_backward(y)
-        ctx.options = dim, log, x.dtype
+        ctx.options = dim, log, x.dtype, chosen
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (y,), (dim, log, dtype) = ctx.saved_tensors, ctx.options
+        (y,), (dim, log, dtype, chosen) = ctx.saved_tensors, ctx.options
         if backend.wants_double_backward():
             dx = dy - y.exp() * dy.sum(dim, keepdim=True) if log else _composite_backward(dy, y, dim)
             return dx.to(dtype), None, None, None, None
-        return backend.run("softmax_bwd", "triton", OP, dy, y, dim, log, dtype), None, None, None, None
+        return backend.run("softmax_bwd", chosen, OP, dy, y, dim, log, dtype), None, None, None, None
 
 
 class _ScaledMaskedSoftmax(torch.autograd.Function):
@@ -121,16 +122,16 @@ class _ScaledMaskedSoftmax(torch.autograd.Function):
     def forward(ctx, scores, mask, scale, causal, dtype, chosen):
         y = backend.run("scaled_masked_softmax_fwd", chosen, OP, scores, mask, scale, causal, dtype)
         ctx.save_for_backward(y)
-        ctx.options = scale, causal, scores.dtype
+        ctx.options = scale, causal, scores.dtype, chosen
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (y,), (scale, causal, dtype) = ctx.saved_tensors, ctx.options
+        (y,), (scale, causal, dtype, chosen) = ctx.saved_tensors, ctx.options
         if backend.wants_double_backward():
             dscores = (scale * _composite_backward(dy, y, -1)).to(dtype)
         else:
-            dscores = backend.run("scaled_masked_softmax_bwd", "triton", OP, dy, y, scale, causal, dtype)
+            dscores = backend.run("scaled_masked_softmax_bwd", chosen, OP, dy, y, scale, causal, dtype)
         return dscores, None, None, None, None, None
 
 
@@ -175,4 +176,4 @@ def _triton_why_not(x, mask, dtype):
     return backend.triton_why_not(x, mask)
 
 
-WHY_NOT = {"triton": _triton_why_not}
+WHY_NOT = {"cuda": softmax_why_not, "triton": _triton_why_not}
