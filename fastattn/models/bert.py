@@ -59,6 +59,9 @@ class BERTConfig:
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
     num_labels: int = 2
+    id2label: dict[int, str] | None = (
+        None  # what a classifier's outputs mean; not kept where num_labels is another count
+    )
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
@@ -70,6 +73,8 @@ class BERTConfig:
             raise ValueError(
                 f"BERTConfig: hidden_act is {self.hidden_act!r}, must be one of {', '.join(ACTIVATIONS)}"
             )
+        if self.id2label is None or len(self.id2label) != self.num_labels:
+            self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
 
     @classmethod
     def from_json(cls, found):
@@ -85,24 +90,25 @@ class BERTConfig:
                 "BERT: the checkpoint's config has no hidden_size; is it BERT's?"
             )
         known = {f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found}
-        if found.get("id2label"):
-            known["num_labels"] = len(found["id2label"])
         try:
+            if found.get("id2label"):
+                known["id2label"] = {
+                    int(i): label for i, label in found["id2label"].items()
+                }  # JSON's keys are text
+                known["num_labels"] = len(known["id2label"])
             return cls(**known)
-        except (TypeError, ValueError) as e:
+        except (AttributeError, TypeError, ValueError) as e:
             raise checkpoint.CheckpointError(
                 f"BERT: the checkpoint's config does not describe a model: {e}"
             ) from e
 
     def to_json(self, architecture):
-        labels = [f"LABEL_{i}" for i in range(self.num_labels)]
         fields = dataclasses.asdict(self)
-        del fields["num_labels"]
+        del fields["num_labels"]  # transformers counts id2label
         return fields | {
             "model_type": "bert",
             "architectures": [architecture],
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in self.id2label.items()},
         }
 
 
