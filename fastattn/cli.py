@@ -360,6 +360,7 @@ def finetune(
     overlap: Annotated[
         int, typer.Option(help="qa: tokens of the context that two windows share.")
     ] = Task.overlap,
+    pack: Annotated[bool, typer.Option("--pack", help="instruct: batches without padding.")] = Task.pack,
     batch: Annotated[
         int, typer.Option(help="Examples a step and process, before --accumulate.")
     ] = Task.batch,

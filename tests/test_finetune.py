@@ -200,6 +200,12 @@ def test_instruct_counts_the_answers_alone():
     loss = task.loss(model, batch)["loss"]
     assert abs(loss.item() - torch.stack(losses).mean().item()) < 1e-5
 
+    packed = tasks.task_for("instruct", tokenizer, 128, None, pack=True)
+    together = packed.collate(samples)
+    assert together["input_ids"].shape == (1, sum(len(ids) for ids, _ in samples))
+    assert packed.targets(together) == task.targets(batch)
+    assert abs(packed.loss(model, together)["loss"].item() - loss.item()) < 1e-5
+
     cut = tasks.task_for("instruct", tokenizer, len("User: Hi\nAssistant: "), None).samples([short])
     assert [t for t in cut[0][1] if t != -100] == [*b" Y"]
     with pytest.raises(DataError, match="no answer begins within 10"):
@@ -266,23 +272,24 @@ def test_the_likeliest_span_of_all_windows_is_the_answer():
     task = tasks.task_for("qa", tokenizer, 30, None, overlap=12)
     assert len(task.windows(row)) > 1
 
-    def logits(ids, none=0.0):
+    def logits(ids, none=0.0, none_elsewhere=0.0):
         first, last = torch.zeros(ids.shape), torch.zeros(ids.shape)
         for b, text in enumerate(ids.tolist()):
             text = bytes(min(i, 255) for i in text)
             if (at := text.find(b"the mat")) >= 0:
                 first[b, at], last[b, at + 6] = 5.0, 5.0
             first[b, 1] = 9.0  # in the question: not an answer
-            last[b, text.find(b"\xff", 1) + 1] = 2.0  # before the beginning
-            first[b, 0] = none
+            last[b, text.find(b"\xff", 1) + 1] = 9.0  # before the beginning: not one either
+            first[b, 0] = none if at >= 0 else none_elsewhere
         return first, last
 
     assert task.predict(Planted(logits), [row]) == ["the mat"]
     assert task.scores(["the mat"], [row]) == {"exact_match": 1.0, "f1": 1.0}
     lacks = row | {"answers": {"text": [], "answer_start": []}}
     assert task.predict(Planted(logits), [lacks]) == ["the mat"]
-    assert task.predict(Planted(lambda ids: logits(ids, 20.0)), [lacks]) == [""]
-    assert task.predict(Planted(lambda ids: logits(ids, 20.0)), [row]) == ["the mat"], (
+    assert task.predict(Planted(lambda ids: logits(ids, 0.0, 20.0)), [lacks]) == ["the mat"]
+    assert task.predict(Planted(lambda ids: logits(ids, 20.0, 20.0)), [lacks]) == [""]
+    assert task.predict(Planted(lambda ids: logits(ids, 20.0, 20.0)), [row]) == ["the mat"], (
         "all questions have answers"
     )
 

@@ -53,10 +53,10 @@ def test_spans(tags, expected):
 
 def test_span_scores_by_hand():
     expected = ["B-P I-P O B-L".split(), "O B-P O".split()]
-    predicted = ["B-P I-P O B-P".split(), "O B-P I-P".split()]  # one right; wrong kind; wrong end
-    assert metrics.span_scores(predicted, expected) == pytest.approx(
-        dict(precision=1 / 3, recall=1 / 3, f1=1 / 3)
-    )
+    # one right of four; wrong kind, wrong end, none there
+    predicted = ["B-P I-P O B-P".split(), "B-P B-P I-P".split()]
+    scores = metrics.span_scores(predicted, expected)
+    assert scores == pytest.approx(dict(precision=1 / 4, recall=1 / 3, f1=2 / 7))
     assert metrics.span_scores(expected, expected) == dict(precision=1, recall=1, f1=1)
     assert metrics.span_scores([["O", "O"]], [["O", "B-P"]]) == dict(precision=0, recall=0, f1=0)
 

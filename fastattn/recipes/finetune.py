@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 
 import torch
 
@@ -46,6 +47,7 @@ class Settings:
     vocab: int = 1024
     max_length: int | None = None  # pieces of a sample: 384, or the model's positions if fewer
     overlap: int = 32  # qa: pieces that neighbouring windows of a context share
+    pack: bool = False  # instruct: a batch without padding
     batch: int = 16
     epochs: float | None = None
     steps: int | None = None  # instead of epochs
@@ -73,6 +75,10 @@ def finetune(settings, device=None, resume=False, kind="ddp"):
 
 def prepare(settings, processes, resume=False):
     """Everything that can be wrong with a run is found here, before anything is written; what comes back starts it."""
+    import safetensors.torch  # noqa: F401  its lack is better known now than at the first checkpoint
+
+    # no model here adds in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     if settings.task not in TASKS:
         raise ValueError(f"task {settings.task!r}: need one of {', '.join(TASKS)}")
     if not resume and runs.checkpoints(settings.out):
@@ -98,7 +104,8 @@ def prepare(settings, processes, resume=False):
     length = min(room, 384) if settings.max_length is None else settings.max_length
     if not 0 < length <= room:
         raise ValueError(f"--max-length {length}: the model reads 1 to {room} positions")
-    task = task_for(settings.task, tokenizer, length, labels, pretrained.has_types(model), settings.overlap)
+    types = pretrained.has_types(model)
+    task = task_for(settings.task, tokenizer, length, labels, types, settings.overlap, settings.pack)
     samples = task.samples(learned)
     shared = dict(collate=task.collate, seed=settings.seed, rank=processes.rank, world=processes.world)
     batches = data.Batches(samples, settings.batch, **shared)

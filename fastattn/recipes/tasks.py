@@ -252,8 +252,10 @@ class Instruct:
     name = "instruct"
     labels = None
 
-    def __init__(self, tokenizer, max_length, labels=None, longest=64):
-        self.tokenizer, self.max_length, self.longest = tokenizer, max_length, longest
+    def __init__(self, tokenizer, max_length, labels=None, longest=64, pack=False):
+        """longest: of the answers that are generated to be scored. pack: a batch's conversations lie one behind the other,
+        without padding, and do not see each other."""
+        self.tokenizer, self.max_length, self.longest, self.pack = tokenizer, max_length, longest, pack
         chat.end(tokenizer)
 
     def samples(self, rows):
@@ -273,10 +275,15 @@ class Instruct:
 
     def collate(self, samples):
         ids, targets = zip(*samples, strict=True)
+        if self.pack:
+            flat = [torch.tensor([[i for row in rows for i in row]]) for rows in (ids, targets)]
+            ends = torch.tensor([0, *map(len, ids)]).cumsum(0, dtype=torch.int32)
+            return {"input_ids": flat[0], "targets": flat[1], "cu_seqlens": ends}
         return {"input_ids": table(ids, self.tokenizer.pad_id), "targets": table(targets, IGNORED)}
 
     def loss(self, model, batch):
-        return {"loss": model(batch["input_ids"], batch["targets"])[1]}
+        where = {"cu_seqlens": batch["cu_seqlens"]} if self.pack else {}
+        return {"loss": model(batch["input_ids"], batch["targets"], **where)[1]}
 
     def targets(self, batch):
         return {"loss": int((batch["targets"] != IGNORED).sum())}
@@ -306,9 +313,9 @@ def _asked(row):
 TASKS = {task.name: task for task in (Classify, Tokens, Answer, Instruct)}
 
 
-def task_for(name, tokenizer, max_length, labels, types=True, overlap=32):
-    """The task of a name; types: whether the model has token_type_ids; overlap: of the windows of qa."""
-    more = {"classify": {"types": types}, "qa": {"overlap": overlap}}
+def task_for(name, tokenizer, max_length, labels, types=True, overlap=32, pack=False):
+    """The task of a name; types: whether the model has token_type_ids; overlap: of the windows of qa; pack: see Instruct."""
+    more = {"classify": {"types": types}, "qa": {"overlap": overlap}, "instruct": {"pack": pack}}
     return TASKS[name](tokenizer, max_length, labels, **more.get(name, {}))
 
 
