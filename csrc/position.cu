@@ -25,10 +25,11 @@
 //
 // Bytes, in M C elements: add 2, and 2 backward; dtable by ids 1 more and up to 2 fp32 rows of partials a chunk of 16
 // to 128; embeddings 2 (token rows and y; the other tables stay in the L2), backward 3 (dy, token rows, dx) and 1 more
-// for dtoken, up to 0.1 of partials and, for every table, its size. Memory bounds all of it: 90 % of a copy's rate is
-// predicted for the adds (59 to 64 registers: 1024 threads an SM with two 16-byte loads on their way; a sinusoid that
-// no b shares, with dropout, takes 20 of the 24 instructions an element has), 80 % for the embeddings, whose rows come
-// by way of their ids, 70 % for their backward, which holds fewer rows at once. Nothing has run on a GPU yet.
+// for dtoken, up to 0.2 of partials and, for every table, its size. Memory bounds all of it: 90 % of a copy's rate is
+// predicted for the adds (1024 threads an SM by their 59 to 64 registers, each with a 16-byte load on its way, where a
+// copy's latency asks for 11 KB; a sinusoid that no b shares, with dropout, takes 20 of the 24 instructions an element
+// has), 80 % for the embeddings, whose rows come by way of their ids, 70 % for their backward, which has 5 to 16 rows
+// of an SM on their way. Nothing has run on a GPU yet.
 
 #include "rt.cuh"
 
@@ -325,7 +326,7 @@ __global__ void __launch_bounds__(kRowThreads == 32 ? 128 : kRowThreads, 1)
 // add_positional_encoding_bwd_kernel does. With kHeld = 0 a row is read twice and the sums stay in memory, where each
 // number is one thread's.
 template <typename T, int kVec, int kRowThreads, int kHeld, int kBlock>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, kBlock == 256 ? 2 : 1)
     embeddings_bwd_kernel(const T* gDy, Rows rows, Lookups lookups, const float* gMean, const float* gRstd, T* gDx,
                           float* gSums, float* gNormSums, RowDropout dropout, Walk walk) {
     constexpr int kGroups = kBlock / kRowThreads, kSome = kHeld ? kHeld : 1;
@@ -335,13 +336,13 @@ __global__ void __launch_bounds__(kBlock, 1)
     RowDropoutKey key;
     if (dropout.seed) key = row_dropout_key(dropout);
     const auto each = [&](auto visit) { each_vector<kVec, kRowThreads, kHeld>(C, visit); };
-    float* norm_sums = gNormSums + int64_t{blockIdx.x} * 2 * C;
+    const auto norm_sums = [&](int64_t n) { return gNormSums + int64_t{blockIdx.x} * 2 * C + n; };
 
     float dw[kSome][kVec] = {}, db[kSome][kVec] = {};
     bool begun = false;  // norm_sums in memory
     for (int64_t s = b_first < walk.b_lanes ? group % walk.s_lanes : walk.S; s < walk.S; s += walk.s_lanes) {
         float sum[kSome][kVec] = {};
-        float* sums = gSums + (b_first * walk.S + s) * C;
+        const auto sums = [&](int64_t n) { return gSums + (b_first * walk.S + s) * C + n; };
         TableRows next = look_up(lookups, b_first, s);
         for (int64_t b = b_first; b < walk.B; b += walk.b_lanes) {
             const int64_t m = b * walk.S + s;
@@ -375,8 +376,8 @@ __global__ void __launch_bounds__(kBlock, 1)
                     db[i][j] = (kHeld ? db[i][j] : 0.0f) + g[i][j];
                 }
                 if (!kHeld && gNormSums) {
-                    accumulate(norm_sums + n, dw[i], begun);
-                    accumulate(norm_sums + C + n, db[i], begun);
+                    accumulate(norm_sums(n), dw[i], begun);
+                    accumulate(norm_sums(C + n), db[i], begun);
                 }
                 times_weight(i, n);
 #pragma unroll
@@ -400,10 +401,10 @@ __global__ void __launch_bounds__(kBlock, 1)
                 if (kHeld)
                     add(sum[i], dx);
                 else if (gSums)
-                    accumulate(sums + n, dx, b > b_first);
+                    accumulate(sums(n), dx, b > b_first);
             });
         }
-        if (kHeld && gSums) each([&](int i, int64_t n) { store<kVec>(sums + n, sum[i]); });
+        if (kHeld && gSums) each([&](int i, int64_t n) { store<kVec>(sums(n), sum[i]); });
     }
 
     if constexpr (kHeld > 0) {
@@ -429,8 +430,8 @@ __global__ void __launch_bounds__(kBlock, 1)
         }
         if (threadIdx.x / kRowThreads == kGroups - 1)
             each([&](int i, int64_t n) {
-                store<kVec>(norm_sums + n, dw[i]);
-                store<kVec>(norm_sums + C + n, db[i]);
+                store<kVec>(norm_sums(n), dw[i]);
+                store<kVec>(norm_sums(C + n), db[i]);
             });
     }
 }

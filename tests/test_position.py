@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend, reference, use_backend
+from fastattn import backend, cuda, reference, use_backend
 from fastattn.check import check
 from fastattn.functional import add_positional_encoding, embeddings
 
@@ -293,6 +293,42 @@ def test_embeddings_mix_dtypes(device):
     assert torch.equal(only_token, token[input_ids])
 
 
+@cuda_only
+def test_every_table_has_a_dtype_of_its_own(device):
+    """x and the token table in the kernel's dtype, all else in any: that, fp32, or a third one, which is copied."""
+    half, bfloat, single = torch.float16, torch.bfloat16, torch.float32
+    input_ids = ids(4, 9, rows=TABLES["V"], device=device)
+    for dtypes in ((bfloat, single, single, single, bfloat), (single, bfloat, half, bfloat, single)):
+        arguments = tables(16, single, device)
+        arguments = [t.detach().to(d).requires_grad_() for t, d in zip(arguments, dtypes, strict=True)]
+        ours, wanted = with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids)
+        y, exact = ours(*arguments), wanted(*(t.double() for t in arguments))
+        assert y.dtype == dtypes[0]
+        torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2)
+        dy = torch.randn_like(y)
+        got = torch.autograd.grad(y, arguments, dy)
+        for g, e, dtype in zip(got, torch.autograd.grad(exact, arguments, dy.double()), dtypes, strict=True):
+            assert g.dtype == dtype
+            torch.testing.assert_close(g, e, rtol=3e-2, atol=3e-2)
+    for x_dtype, table_dtype in ((bfloat, single), (bfloat, half), (single, half)):
+        x = randn(3, 5, 16, dtype=x_dtype, device=device)
+        table = randn(5, 16, dtype=table_dtype, device=device)
+        y = add_positional_encoding(x, table)
+        dtable = torch.autograd.grad(y, table, torch.ones_like(y))[0]
+        assert torch.equal(y, (x.float() + table.float()).to(x_dtype))
+        assert dtable.dtype == table_dtype and torch.equal(dtable, torch.full_like(table, 3.0))
+
+
+@pytest.mark.parametrize("C", [384, 2048, 8200])
+@cuda_only
+def test_a_large_mean_does_not_cancel(C, device):
+    input_ids = ids(2, 3, rows=TABLES["V"], device=device)
+    token, *others = tables(C, torch.float32, device)
+    arguments = ((token.detach() + 30000).requires_grad_(), *others)
+    ours, wanted = with_ids(embeddings, input_ids), with_ids(reference.embeddings, input_ids)
+    assert not check(ours, wanted, arguments, baseline=with_ids(stock_embeddings, input_ids))
+
+
 def test_a_table_without_gradient_costs_nothing(device):
     frozen = [t.detach() for t in tables(16, torch.float32, device)]
     input_ids = ids(2, 3, rows=TABLES["V"], device=device)
@@ -464,6 +500,35 @@ def test_bad_input_is_named(case):
     call, error, message = case
     with pytest.raises(error, match=message):
         call()
+
+
+@cuda_only
+def test_the_extension_refuses_what_its_kernels_cannot_read(device):
+    module = cuda.module(torch.empty(0, device=device))
+    x, table, positions, y, seed = (
+        t.to(device) for t in (X, TABLE, IDS, torch.empty_like(X), torch.tensor([1, 2]))
+    )
+
+    def add(x=x, table=table, positions=positions, y=y, seed=seed, lanes=(1, 1)):
+        module.add_positional_encoding_fwd(x, table, positions, y, seed, 0, 1.0, 0.5, *lanes)
+
+    add()
+    for arguments, message in (
+        (dict(x=x[0]), r"x is float32 \(3, 4\) .* must be \(B, S, C\)"),
+        (dict(table=table[:, :3]), r"table is .* must be \(rows, 4\)"),
+        (dict(table=table.half()), "table is float16"),
+        (dict(table=table[:0]), "with a row at least"),
+        (dict(positions=positions.T), r"position_ids is .* must be int32 or int64 \(2, 3\)"),
+        (dict(positions=positions.short()), "position_ids is int16"),
+        (dict(y=y.half()), "y is float16 .* of their dtype"),
+        (dict(y=y[:1]), "y is .* of 24 elements"),
+        (dict(seed=seed[:1]), r"seed is .* must be int64 \(2,\)"),
+        (dict(lanes=(3, 1)), r"lanes are 3 and 1, must be 1 \.\. B"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add(**arguments)
+    with pytest.raises(TypeError, match="x is float64"):
+        add(x=x.double())
 
 
 def test_a_row_too_wide_for_the_norm_is_refused_with_a_reason():
