@@ -212,11 +212,15 @@ def test_repetition_penalty():
 def test_a_cache_kept_across_turns(layout):
     """Three turns of a chat read each token once and say what they would have said on reading everything again."""
     model = tiny(**LAYOUTS[layout])
-    cache = KVCache(model.config, 1, 48)
+    cache = model.new_cache()
+    assert cache.length == 48
     conversation = ids(B=1, T=0)
     for turn, n in enumerate((6, 1, 4)):
         said = ids(B=1, T=n, seed=turn)
         conversation = torch.cat([conversation, said], 1)
+        if turn == 1:  # something is said in two parts, the first of which is not answered
+            conversation = torch.cat([conversation, said], 1)
+            assert torch.equal(model.generate(said, 0, cache=cache), said)
         expected = without_cache(model, conversation, 5)
         reply = model.generate(said, 5, temperature=0, repetition_penalty=1.0, cache=cache)
         assert torch.equal(reply, torch.cat([said, expected[:, -5:]], 1)), turn
@@ -249,7 +253,8 @@ def test_autocast_and_low_precision():
     model = tiny()
     with torch.autocast(DEVICE, torch.bfloat16):
         assert model.generate(ids(T=5), 6, temperature=0).shape == (2, 11)
-        cache = KVCache(model.config, 2, 20, dtype=torch.bfloat16)
+        cache = model.new_cache(2, 20)
+        assert cache.kv.dtype == torch.bfloat16
         model.generate(ids(T=5), 6, cache=cache)
     assert tiny().bfloat16().generate(ids(T=5), 6).shape == (2, 11)
 

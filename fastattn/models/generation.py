@@ -59,6 +59,13 @@ class KVCache:
         self.used += T
 
 
+def new_cache(model, batch=1, length=None):
+    """An empty KVCache on the model's device, in the dtype it computes in; for n_positions where no length is given."""
+    weight, device = model.wte.weight, model.wte.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return KVCache(model.config, batch, length or model.config.n_positions, weight.device, dtype)
+
+
 def compacted(input_ids, attention_mask):
     """(ids with each row's padding moved behind its tokens, lengths (B,))."""
     if attention_mask.shape != input_ids.shape:
@@ -91,8 +98,8 @@ def stream(
     A sequence stops behind an eos_token_id (an int or several; the config's by default, () for none) or one of the
     sequences of ids in `stop`; from then on it yields pad_token_id, by default the config's, else the first eos_token_id, else 0.
 
-    cache: a KVCache that this call fills and a later one goes on from, as a chat does; its length bounds both. input_ids
-    are then the new tokens only. cuda_graph: decode by one captured CUDA graph a call; it has never run on a GPU.
+    cache: a KVCache (model.new_cache()) that this call fills and a later one goes on from, as a chat does; its length bounds
+    both. input_ids are then the new tokens only. cuda_graph: decode by one captured CUDA graph a call; it has never run on a GPU.
     """
     config, weight = model.config, model.wte.weight
     if input_ids.dim() != 2 or not input_ids.shape[1]:
@@ -122,9 +129,7 @@ def stream(
             f"generate: {used} cached + {T} + {max_new_tokens} tokens, but the cache holds {cache.length}; make it longer"
         )
     if cache is None:
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        cache = KVCache(config, B, T + max_new_tokens, weight.device, dtype)
+        cache = new_cache(model, B, T + max_new_tokens)
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     if pad_token_id is None:
@@ -146,6 +151,7 @@ def _steps(model, ids, lens, max_new_tokens, cache, stops, pad_token_id, penalty
     model.eval()
     try:
         logits_BV = _prefill(model, ids, lens, cache)
+        cache.pending = None
         stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
         tail = ids.new_full((B, max((len(s) for s in stops), default=1)), -1)  # of what is new
         step = None

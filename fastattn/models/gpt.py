@@ -274,6 +274,10 @@ class GPT(nn.Module):
         """The new tokens one after another, (B,) each: see generation.stream."""
         return generation.stream(self, input_ids, max_new_tokens, **options)
 
+    def new_cache(self, batch=1, length=None):
+        """A KVCache for generate(..., cache=): see generation.new_cache."""
+        return generation.new_cache(self, batch, length)
+
     def configure_optimizers(self, lr, **options):
         """AdamW with decay groups: see training.configure_optimizer."""
         return training.configure_optimizer(self, lr, **options)
