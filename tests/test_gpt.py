@@ -459,7 +459,10 @@ def test_sequence_classification_is_transformers(padding, hf, tmp_path):
 
 def test_classifier_losses_and_new_heads(hf):
     base = hf_gpt2(hf)
-    model = GPTForSequenceClassification.from_pretrained(base)
+    with pytest.warns(UserWarning, match="lacks score.weight, which starts anew"):
+        model = GPTForSequenceClassification.from_pretrained(base)
+        three = GPTForSequenceClassification.from_pretrained(base, num_labels=3, dropout=0.0)
+    assert three.score.weight.shape == (3, 32) and three.config.dropout == 0.0
     assert model.score.weight.shape == (2, 32) and 0 < model.score.weight.std() < 0.05
     assert torch.equal(model.wte.weight, base.transformer.wte.weight)
     tokens = ids(B=3, T=12)

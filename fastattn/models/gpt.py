@@ -9,6 +9,7 @@ Letters: B batch, T new positions, S cached positions, C width, H heads, D = C /
 
 import dataclasses
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -301,17 +302,21 @@ class GPT(nn.Module):
         return training.mfu(self.flops_per_token(T), tokens_per_second, self.wte.weight.device, devices)
 
     @classmethod
-    def from_pretrained(cls, source, *, dropout=None, device=None, dtype=torch.float32):
-        """The model of a checkpoint: a folder of safetensors in transformers' layout, or a transformers model itself.
+    def from_pretrained(cls, source, *, device=None, dtype=torch.float32, **overrides):
+        """The model of a checkpoint folder (config.json, safetensors) or of a transformers model, in evaluation mode.
 
-        GPT-2's names (with or without "transformer.") and GPT-1's are known. dropout: the checkpoint's own by default. A
-        classifier's head that the checkpoint lacks is new. The model is in evaluation mode. Raises CheckpointError.
+        overrides: fields of GPTConfig, e.g. dropout=0.0 or labels=("bad", "good"); num_labels=3 gives three without names.
+        GPT-2's parameter names, with or without "transformer.", and GPT-1's are known. A classifier's head that the checkpoint
+        lacks starts anew, with a warning. Anything else that does not fit raises CheckpointError, as does a file that
+        cannot be read.
         """
         if isinstance(source, nn.Module):
             config, state = source.config.to_dict(), source.state_dict()
         else:
             config, state = read(source)
-        config = config_from(config, dropout)
+        if "num_labels" in overrides:
+            overrides["labels"] = tuple(f"LABEL_{i}" for i in range(overrides.pop("num_labels")))
+        config = config_from(config, **overrides)
         with torch.device("meta"):
             model = cls(config).to(dtype)
         model.to_empty(device=device or torch.get_default_device())
@@ -320,6 +325,10 @@ class GPT(nn.Module):
         )  # fmt: skip
         if lacking:
             model._init_weights(model.score)
+            warnings.warn(
+                f"{cls.__name__}: the checkpoint lacks {', '.join(lacking)}, which starts anew and needs training",
+                stacklevel=2,
+            )
         return model.eval()
 
     def save_pretrained(self, directory):
@@ -410,7 +419,7 @@ def _our_name(stored):
     return {theirs: ours for ours, theirs in GPT1_NAMES.items()}.get(first, first) + "." + rest
 
 
-def config_from(stored, dropout=None):
+def config_from(stored, **overrides):
     """The GPTConfig of a config.json; CheckpointError where it asks for what this model does not do."""
     kind = stored.get("model_type")
     names = {field.name for field in dataclasses.fields(GPTConfig)}
@@ -420,7 +429,7 @@ def config_from(stored, dropout=None):
         found = {name: stored[name] for name in (*SAME_NAME, *GPT2_ALONE) if name in stored}
         found |= _gpt1(stored) if kind == "openai-gpt" else _gpt2(stored)
         rates = {name: stored.get(name, 0.1) for name in DROPOUTS}
-        if dropout is None and len(set(rates.values())) > 1:
+        if "dropout" not in overrides and len(set(rates.values())) > 1:
             raise CheckpointError(f"the checkpoint has {rates}, which are one here: pass dropout=")
         found["dropout"] = rates["resid_pdrop"]
         for name in (
@@ -433,10 +442,8 @@ def config_from(stored, dropout=None):
             found["labels"] = tuple(stored["id2label"][i] for i in sorted(stored["id2label"], key=int))
     else:
         raise CheckpointError(f"model_type is {kind!r}, needs one of {', '.join((*HEADS, OURS))}")
-    if dropout is not None:
-        found["dropout"] = dropout
     try:
-        return GPTConfig(**found)
+        return GPTConfig(**found | overrides)
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"config.json: {e}") from e
 
