@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn import backend, reference, use_backend
+from fastattn import backend, cuda, reference, use_backend
 from fastattn.check import check
 from fastattn.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops import layer_norm as op
@@ -111,15 +111,16 @@ def test_add_norm_when_one_output_is_used(outputs, fused):
     assert not check(ours, wanted, inputs[:2] if outputs == (1,) else inputs, grad_outputs=grads)
 
 
-@pytest.mark.parametrize("N", [100, 17000])
+@pytest.mark.parametrize("N, dtype", [(100, torch.float32), (104, torch.bfloat16), (101, torch.float16),
+                                      (17000, torch.float32)])  # fmt: skip
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-def test_dropout_is_the_specified_stream(N, p, fused):
+def test_dropout_is_the_specified_stream(N, dtype, p, fused):
     torch.manual_seed(11)
     seed = torch.randint(0, 2**63 - 1, (2,))
     torch.manual_seed(11)
-    x = torch.ones(3, N, requires_grad=True)
-    _, r = forced(add_layer_norm, fused)(x, torch.zeros(3, N), (N,), dropout_p=p, prenorm=True)
-    mask = reference.dropout_mask(seed, (3, N), p).float()
+    x = torch.ones(3, N, dtype=dtype, requires_grad=True)
+    _, r = forced(add_layer_norm, fused)(x, torch.zeros(3, N).to(dtype), (N,), dropout_p=p, prenorm=True)
+    mask = reference.dropout_mask(seed, (3, N), p).to(dtype)
     assert torch.equal(r, mask)
     assert torch.equal(torch.autograd.grad(r.sum(), x)[0], mask)
 
@@ -237,6 +238,61 @@ def test_deterministic(fused):
         for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# Each kernel of csrc/layer_norm.cu by the first row length that takes it, 16 bytes at a time and one column at a time, and
+# rows enough that the persistent blocks of the emulation's 4 multiprocessors go round their ring.
+CUDA_CASES = [(1100, 8), (70, 264), (40, 1032), (20, 2056), (6, 3080), (12, 8200), (5, 16392), (2, 33000), (5, 7), (40, 101),
+              (3, 257), (3, 2049), (2, 8193)]  # fmt: skip
+
+
+@pytest.mark.skipif(cuda.not_emulated() is not None, reason="needs the emulated build")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M, N", CUDA_CASES)
+def test_every_cuda_kernel_gives_the_same_bits_in_every_order(M, N, dtype):
+    """Blocks and threads start, stop and see their copies arrive as they like."""
+    inputs = leaf(M, N, dtype=dtype), *(leaf(*shape) for shape in ((M, N), (N,), (N,)))
+    ours, wanted = add_case("cuda", False, N, 0.3, True)
+    assert not check(ours, wanted, inputs)
+
+    emulation, grads = cuda.extension("_C_emulated"), (torch.randn(M, N).to(dtype), torch.randn(M, N))
+    results = []
+    for order in ("fifo", "reverse", "pct"):
+        emulation.schedule(emulation.orders[order], M + N)
+        try:
+            outputs = ours(*inputs)
+            results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
+        finally:
+            emulation.schedule(emulation.orders["fifo"])
+        assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True)), order
+
+
+@pytest.mark.parametrize("N", [40, 41, 1032, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_infinity_stay_in_their_row(N, dtype, fused):
+    x = torch.randn(6, N).to(dtype)
+    x[1, N // 2], x[3, 0], x[4] = torch.nan, torch.inf, torch.finfo(dtype).max
+    good = [0, 2, 5]
+    for function, affine in ((layer_norm, 2), (rms_norm, 1)):
+        inputs = x.clone().requires_grad_(), *(leaf(N, dtype=dtype) for _ in range(affine))
+        y = forced(function, fused)(inputs[0], (N,), *inputs[1:], eps=1e-5)
+        alone = forced(function, fused)(inputs[0][good], (N,), *inputs[1:], eps=1e-5)
+        assert torch.equal(y[good], alone) and y[[1, 3]].isnan().any(1).all()
+        dy = torch.randn(6, N).to(dtype)
+        dx, dx_alone = (torch.autograd.grad(o, inputs[0], g)[0] for o, g in ((y, dy), (alone, dy[good])))
+        assert torch.equal(dx[good], dx_alone[good])
+
+
+@pytest.mark.skipif(cuda.not_emulated() is not None, reason="needs the emulated build")
+def test_frozen_parameters_have_no_partial_sums():
+    emulation, x = cuda.extension("_C_emulated"), leaf(9, 64)
+    weight, bias = torch.randn(64), leaf(64)
+    kernel = "layer_norm_bwd_partials_kernel"
+    ran = [emulation.launches().get(kernel, 0)]
+    for b in (bias.detach(), bias):
+        forced(layer_norm, "cuda")(x, (64,), weight, b).sum().backward()
+        ran.append(emulation.launches().get(kernel, 0))
+    assert ran[1] == ran[0] and ran[2] == ran[1] + 1
 
 
 def test_inputs_are_left_alone(fused):
