@@ -7,17 +7,17 @@
 //
 // RMS drops the mean, the bias and the sum(g) term. Arithmetic is fp32, sums have a fixed order, nothing is atomic.
 //
-// Forward: 8 threads own a row of up to 256 columns, a warp one of up to 3072, a block a longer one. A row of up to 32768
-// stays in registers; a longer one is read twice, backwards the second time. Each thread takes mean and squared deviations
-// of its own values and these are merged, then a second sum finds what rounding has left in the mean: nothing cancels,
-// however large the mean is. Bound by memory: 2 MN elements plain, 4 MN with residual and r; at 64 registers 1024
-// threads an SM keep 64 KB of loads in flight, enough for the DRAM's latency; predicted 90 % of copy bandwidth.
-// Backward: one block an SM walks all rows. Rows arrive through a ring of asynchronous copies, 2 to 4 rows deep, in which
+// Forward: 8 threads own a row of up to 256 columns, a warp one of up to 3072, a block a longer one. A row of up to
+// 64 KB stays in registers; a longer one is read twice, backwards the second time. Each thread sums the distances of its
+// values, and their squares, from a number near their mean; moving these sums to the row's mean loses nothing, however
+// large the mean is. Bound by memory: 2 MN elements plain, 4 MN with residual and r. At 80 registers 768 threads an SM
+// keep 48 KB of loads in flight, which covers the DRAM's latency; predicted: 90 % of a copy's bandwidth.
+// Backward: one block an SM walks all rows. Rows arrive through a ring of asynchronous copies, 2 to 8 rows deep, in which
 // each thread reads back only what it copied itself, so that no barrier guards it; registers hold the thread's share of
-// dweight and dbias, one fp32 row of partial sums a block is written, and a second kernel adds these. 3 MN and 8 N bytes
-// of partials an SM (2 % of a 16-bit call from M = 9000 on); 60 KB and more in flight; predicted 85 % of copy bandwidth.
-// Rows too long for that (16384 columns, less where they are fp32), or unaligned, take two kernels: the two sums of each
-// row, then dx and the partial sums by blocks of columns: 5 MN.
+// dweight and dbias, one fp32 row of partial sums a block is written, and a second kernel adds these. Bound by memory:
+// 3 MN, and 16 N bytes of partials written and read an SM (2 % of a 16-bit call from M = 18000 on); 64 KB in flight;
+// predicted: 85 %. Rows that the ring does not take (of more than 16384 columns, fewer where tensors are fp32) or that are
+// unaligned cost two kernels, the two sums of each row, then dx and the partial sums by blocks of columns: 5 MN.
 
 #include "rt.cuh"
 
@@ -25,6 +25,7 @@
 #include "philox.cuh"
 #include "ptx.cuh"
 
+#include <cstring>
 #include <type_traits>
 
 namespace {
@@ -74,10 +75,35 @@ struct Chunk {
     }
 };
 
-template <typename S>
-__device__ float rounded(float v) {
-    return to_float(from_float<S>(v));
-}
+// kVec neighbours of T or, where wide, of float, as they lie in memory: loads into several of these wait for nothing.
+template <typename T, int kVec>
+struct Raw {
+    uint32_t bits[kVec];
+
+    __device__ void load(const void* from, bool wide, int64_t at) {
+        if (std::is_same_v<T, float> || wide)
+            move(static_cast<const float*>(from) + at);
+        else
+            move(static_cast<const T*>(from) + at);
+    }
+
+    __device__ void get(bool wide, float (&v)[kVec]) const {
+        Vec<float, kVec> floats;
+        Vec<T, kVec> narrow;
+        memcpy(&floats, bits, sizeof floats);
+        memcpy(&narrow, bits, sizeof narrow);
+#pragma unroll
+        for (int j = 0; j < kVec; j++) v[j] = wide ? floats.at[j] : to_float(narrow.at[j]);
+    }
+
+  private:
+    template <typename S>
+    __device__ void move(const S* from) {
+        READS(from, sizeof(S) * kVec);
+        const auto vec = *reinterpret_cast<const Vec<S, kVec>*>(from);
+        memcpy(bits, &vec, sizeof vec);
+    }
+};
 
 // Forward.
 
@@ -96,58 +122,96 @@ __global__ void __launch_bounds__(fwd_block(kThreads)) layer_norm_fwd_kernel(con
 
     float v[kHeld][kVec];
     const auto load_row = [&](const Columns& c, bool keep) {
-        const T* x = c.template from<T>(a.x, row_start(a.x_rows, m), a.x_rows.stride_n);
+        // All loads first, then what waits for them.
+        const auto has = [&](int i) { return i * c.kStep < c.left; };
+        const int64_t x_stride = kVec > 1 ? 1 : a.x_rows.stride_n, stride = kVec > 1 ? 1 : a.residual_rows.stride_n;
+        const int64_t x_start = row_start(a.x_rows, m) + c.first * x_stride;
+        Raw<T, kVec> raw_x[kHeld];
 #pragma unroll
         for (int i = 0; i < kHeld; i++)
-            for (int j = 0; j < kVec; j++) v[i][j] = 0;
-        c.each([&](int i, int at) { load<kVec>(x + at * (kVec > 1 ? 1 : a.x_rows.stride_n), v[i]); });
-        if (!a.residual) return;
-
-        if (a.dropout.seed) c.each([&](int i, int at) { drop(dropout, m, c.first + at, v[i]); });
-        with_dtype<T>(a.residual_wide, [&](auto zero) {
-            using S = decltype(zero);
-            const S* residual = c.template from<S>(a.residual, row_start(a.residual_rows, m), a.residual_rows.stride_n);
-            c.each([&](int i, int at) {
-                float u[kVec];
-                load<kVec>(residual + at * (kVec > 1 ? 1 : a.residual_rows.stride_n), u);
+            if (has(i)) raw_x[i].load(a.x, false, x_start + i * c.kStep * x_stride);
+        const auto get_x = [&](int i) {
+            float zero[kVec] = {};
+            memcpy(v[i], zero, sizeof zero);
+            if (has(i)) raw_x[i].get(false, v[i]);
+        };
+        if (!a.residual) {
 #pragma unroll
-                for (int j = 0; j < kVec; j++) v[i][j] = rounded<S>(v[i][j] + u[j]);
-                if (keep && a.r) store<kVec>(static_cast<S*>(a.r) + m * N + c.first + at, v[i]);
-            });
-        });
+            for (int i = 0; i < kHeld; i++) get_x(i);
+            return;
+        }
+
+        const int64_t residual_start = row_start(a.residual_rows, m) + c.first * stride;
+        constexpr int kMost = (kThreads < 512 ? 32 : 8) / kVec, kBatch = kHeld < kMost ? kHeld : kMost;
+#pragma unroll
+        for (int i0 = 0; i0 < kHeld; i0 += kBatch) {
+            Raw<T, kVec> raw[kBatch];
+#pragma unroll
+            for (int i = i0; i < i0 + kBatch; i++)
+                if (has(i)) raw[i - i0].load(a.residual, a.residual_wide, residual_start + i * c.kStep * stride);
+#pragma unroll
+            for (int i = i0; i < i0 + kBatch; i++) {
+                get_x(i);
+                if (!has(i)) continue;
+                const int64_t n = c.first + i * c.kStep;
+                if (a.dropout.seed) drop(dropout, m, n, v[i]);
+                float u[kVec];
+                raw[i - i0].get(a.residual_wide, u);
+#pragma unroll
+                for (int j = 0; j < kVec; j++) {
+                    v[i][j] += u[j];
+                    if (!a.residual_wide) v[i][j] = to_float(from_float<T>(v[i][j]));
+                }
+                if (keep && a.r) store_either<T>(a.r, a.residual_wide, m * N + n, v[i]);
+            }
+        }
     };
 
-    // Of this thread's values.
-    float count = 0, mean = 0, squares = 0;
+    // Of this thread's values: how many, a number near their mean, the sums of their distances from it and of the squares.
+    float count = 0, near = 0, excess = 0, squares = 0;
     int64_t start = 0;
     for (;; start += Columns::kColumns) {
         const Columns c(start, thread, N);
         load_row(c, true);
-        float sum = 0, squares_here = 0;
+        float sum = 0, excess_here = 0, squares_here = 0;
 #pragma unroll
         for (int i = 0; i < kHeld; i++)
 #pragma unroll
             for (int j = 0; j < kVec; j++) sum += v[i][j];
-        const float more = c.vectors() * kVec, mean_here = a.rms || more == 0 ? 0.0f : sum / more;
+        const float more = c.vectors() * kVec, near_here = a.rms || more == 0 ? 0.0f : __fdividef(sum, more);
         c.each([&](int i, int) {
 #pragma unroll
-            for (int j = 0; j < kVec; j++) squares_here += (v[i][j] - mean_here) * (v[i][j] - mean_here);
+            for (int j = 0; j < kVec; j++) {
+                const float d = v[i][j] - near_here;
+                excess_here += d;
+                squares_here += d * d;
+            }
         });
-        if (more > 0) {
-            const float delta = mean_here - mean, share = more / (count + more);
-            mean += delta * share;
-            squares += squares_here + delta * delta * count * share;
-            count += more;
+        if (!kLoop) {
+            count = more;
+            near = near_here;
+            excess = excess_here;
+            squares = squares_here;
+            break;
         }
-        if (!kLoop || start + Columns::kColumns >= N) break;
+        if (more > 0) {
+            const float between = near + (near_here - near) * __fdividef(more, count + more);
+            const float d = near - between, d_here = near_here - between;
+            squares += d * (2 * excess + d * count) + squares_here + d_here * (2 * excess_here + d_here * more);
+            excess += d * count + excess_here + d_here * more;
+            count += more;
+            near = between;
+        }
+        if (start + Columns::kColumns >= N) break;
     }
 
-    const float about = group_sum<kThreads>(a.rms ? 0.0f : mean * count) / static_cast<float>(a.N);
-    const float delta = count > 0 ? mean - about : 0.0f;
-    float sums[] = {delta * count, squares + delta * delta * count};
+    const float inverse = 1.0f / static_cast<float>(a.N);
+    const float about = group_sum<kThreads>(a.rms ? 0.0f : near * count) * inverse;
+    const float d = count > 0 ? near - about : 0.0f;
+    float sums[] = {excess + d * count, squares + d * (2 * excess + d * count)};
     group_sum<kThreads>(sums);
-    const float rest = a.rms ? 0.0f : sums[0] / static_cast<float>(a.N);  // what rounding has left in `about`
-    const float variance = sums[1] / static_cast<float>(a.N) - rest * rest;
+    const float rest = a.rms ? 0.0f : sums[0] * inverse;  // what rounding has left in `about`
+    const float variance = sums[1] * inverse - rest * rest;
     const float rstd = __frsqrt_rn((variance < 0 ? 0.0f : variance) + a.eps);
 
     for (bool held = true;; held = false, start -= Columns::kColumns) {
@@ -509,8 +573,8 @@ const auto& forward_table() {
             {1024, layer_norm_fwd_kernel<T, kVec, 32, kHeld, false>, 32},
             {3072, layer_norm_fwd_kernel<T, kVec, 32, 3 * kHeld, false>, 32},
             {8192, layer_norm_fwd_kernel<T, kVec, 256, kHeld, false>, 256},
-            {32768, layer_norm_fwd_kernel<T, kVec, 512, 2 * kHeld, false>, 512},
-            {kAnyLength, layer_norm_fwd_kernel<T, kVec, 512, kHeld, true>, 512},
+            {64 * 1024 / sizeof(T), layer_norm_fwd_kernel<T, kVec, 512, 8, false>, 512},
+            {kAnyLength, layer_norm_fwd_kernel<T, kVec, 256, kHeld, true>, 256},
         };
         return table;
     } else {
