@@ -275,6 +275,9 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Batches an update.")] = Settings.accumulate,
     bf16: Annotated[bool, typer.Option("--bf16", help="bf16 autocast over fp32 weights.")] = Settings.bf16,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = Settings.compile,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="gpt: recompute blocks in backward, which takes less memory.")
+    ] = Settings.recompute,
     held_out: Annotated[float, typer.Option(help="Share of the text to validate on.")] = Settings.held_out,
     eval_every: Annotated[
         int, typer.Option(help="Steps between validations; 0: at the end only.")

@@ -59,9 +59,27 @@ class Options:
     def __post_init__(self):
         if self.steps is None and self.minutes is None:
             raise ValueError("training needs an end: steps, minutes, or both")
-        for name in ("steps", "minutes", "accumulate", "log_every", "keep", "eval_batches"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
+        for names, least in (
+            (("steps", "accumulate", "log_every", "keep", "eval_batches"), 1),
+            (
+                (
+                    "warmup",
+                    "min_lr",
+                    "clip",
+                    "skip_above",
+                    "eval_every",
+                    "sample_every",
+                    "save_every",
+                    "seed",
+                ),
+                0,
+            ),
+        ):
+            for name in names:
+                if (value := getattr(self, name)) is not None and value < least:
+                    raise ValueError(f"{name} {value}: need at least {least}")
+        for name in ("minutes", "lr"):
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} {value}: need more than 0")
 
 
@@ -179,7 +197,7 @@ class _Run:
         if self.processes.first:
             self.out.mkdir(parents=True, exist_ok=True)
             after = self.step if resume is not None else None
-            log = runs.begin_log(self.out, {"run": self.header, "step": self.step}, after)
+            log = runs.begin_log(self.out, {"run": self.header, "step": self.step, **self._where()}, after)
         self.teller = _Teller(log, self.processes.first, self.options)
         try:
             with self._signals(), self.teller:
@@ -196,6 +214,11 @@ class _Run:
         finally:
             if log:
                 log.close()
+
+    def _where(self):
+        device = self.processes.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {"torch": torch.__version__, "device": name, "processes": self.processes.world}
 
     def _train(self):
         o = self.options
@@ -310,6 +333,7 @@ class _Run:
                 runs.write_training(folder, dict(zip(runs.STOOD, stood, strict=True)), tensors)
         if self.skeleton is not None:
             self.skeleton.to("meta")
+        self.processes.sum(0)  # the others wait for the first: what is returned or read next is in place
         self.saved = self.out / f"step-{self.step:07d}"
         self.teller.note({"step": self.step, "checkpoint": str(self.saved)})
 

@@ -44,6 +44,7 @@ class Settings:
     accumulate: int = 1
     bf16: bool = False
     compile: bool = False
+    recompute: bool = False  # gpt
     held_out: float = 0.05
     eval_every: int = 250
     eval_batches: int = 20
@@ -89,6 +90,7 @@ def prepare(settings, processes, resume=False):
     warnings.filterwarnings(
         "ignore", "FSDP2-wrapped module .* returned a view"
     )  # no model here adds in place
+    _possible(settings)
     if settings.model not in KINDS:
         raise ValueError(f"model {settings.model!r}: need one of {', '.join(KINDS)}")
     kind = KINDS[settings.model](settings)
@@ -111,6 +113,8 @@ def prepare(settings, processes, resume=False):
     else:
         tokenizer = _tokenizer(settings, texts)
         model = kind.fresh(tokenizer)
+    if settings.recompute:
+        model.checkpointing = True
     options = _options(settings, kind.width(model))
     length = settings.block or kind.positions(model)
     shared = dict(seed=settings.seed, rank=processes.rank, world=processes.world)
@@ -211,6 +215,8 @@ class MaskedPairs:
         self.settings = settings
         if settings.sample_every:
             raise ValueError("--sample-every: a BERT writes no text; leave it out")
+        if settings.recompute:
+            raise ValueError("--recompute: is for gpt; leave it out")
 
     def fresh(self, tokenizer):
         size = dict(bert.SIZES[self.settings.size]) | {"vocab_size": _rows(tokenizer)}
@@ -263,6 +269,16 @@ class MaskedPairs:
 
 
 KINDS = {"gpt": NextTokens, "bert": MaskedPairs}
+
+
+def _possible(settings):
+    for name, low, high in (
+        ("batch", 1, math.inf), ("block", 2, math.inf), ("held_out", 0, 0.5), ("dropout", 0, 0.99),
+        ("weight_decay", 0, math.inf), ("seed", 0, 2**63 - 1),
+    ):  # fmt: skip
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag(name)} {value}: need {low} to {high}")
 
 
 def _rows(tokenizer):
