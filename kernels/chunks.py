@@ -38,6 +38,8 @@ def over_chunks(
     step, grad = min(chunk_rows(V, C, dtype.itemsize), max(M, 1)), hidden_grad or weight_grad or bias_grad
     aligned = 64 // dtype.itemsize
     buffer = hidden.new_empty(step, (V + aligned - 1) // aligned * aligned)
+    if hidden.is_cpu:
+        buffer[:, V:] = 0  # oneDNN's bf16 product with AMX reads beyond the row's end, and 0 times NaN is NaN
     for start in range(0, M, step):
         h = hidden[start : start + step]
         z = buffer[: h.shape[0], :V]

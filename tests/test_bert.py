@@ -700,7 +700,9 @@ def test_minilm_is_that_of_transformers(minilm, tokens, monkeypatch):
         torch.testing.assert_close(unpadded, expected, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("dtype, hidden, cosine", [(torch.float16, 8e-3, 0.99999), (torch.bfloat16, 6e-2, 0.9998)])
+@pytest.mark.parametrize(
+    "dtype, hidden, cosine", [(torch.float16, 8e-3, 0.99999), (torch.bfloat16, 6e-2, 0.9998)]
+)
 def test_minilm_in_16_bits(minilm, tokens, dtype, hidden, cosine):
     """Against fp32: about what transformers' model loses, 4.8e-3 and 3.2e-2 of values up to 5.5."""
     wide, narrow = BERT.from_pretrained(minilm), BERT.from_pretrained(minilm, dtype=dtype)
