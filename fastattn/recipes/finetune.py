@@ -13,6 +13,7 @@ import warnings
 import torch
 
 from fastattn.models.checkpoint import replacing
+from fastattn.models.training import configure_optimizer
 from fastattn.recipes import data, examples, loop, parallel, pretrained, runs, tokens
 from fastattn.recipes.tasks import TASKS, task_for
 
@@ -119,7 +120,9 @@ def prepare(settings, processes, resume=False):
             options,
             settings.out,
             processes=processes,
-            optimizer=lambda model, lr: loop.adamw(model, lr, settings.weight_decay, (0.9, 0.98)),
+            optimizer=lambda model, lr: configure_optimizer(
+                model, lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+            ),
             losses=task.loss,
             targets=task.targets,
             validation=validation,

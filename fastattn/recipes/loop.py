@@ -103,10 +103,6 @@ def tokens_in(batch):
     return batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
 
 
-def adamw(model, lr, weight_decay=0.1, betas=(0.9, 0.95)):
-    return configure_optimizer(model, lr, weight_decay=weight_decay, betas=betas)
-
-
 def evaluate(model, batches, processes, losses=loss_of, targets=targets_of, limit=None, bf16=False):
     """{name: mean loss over the targets} of batches.once(limit) on all ranks, without dropout."""
     total, count = {}, {}
@@ -135,7 +131,7 @@ def run(
     out,
     *,
     processes=None,
-    optimizer=adamw,
+    optimizer=configure_optimizer,
     losses=loss_of,
     targets=targets_of,
     validation=None,
