@@ -358,6 +358,7 @@ def test_a_head_is_kept_for_the_same_labels_and_new_for_others(pairs, tmp_path):
     same, _ = pretrained.started(tmp_path / "a", "classify", ["False", "True"])
     other, _ = pretrained.started(tmp_path / "a", "classify", ["no", "yes"])
     more, _ = pretrained.started(tmp_path / "a", "classify", ["a", "b", "c"])
+    assert pretrained.labels_in(pretrained.described(tmp_path / "a")[2]) == ["False", "True"]
     tagger, _ = pretrained.started(tmp_path / "a", "tokens", ["O", "B-X", "I-X"])
     assert torch.equal(same.classifier.weight, trained.classifier.weight)
     assert not torch.equal(other.classifier.weight, trained.classifier.weight)
@@ -367,6 +368,17 @@ def test_a_head_is_kept_for_the_same_labels_and_new_for_others(pairs, tmp_path):
             assert torch.equal(p, trained.bert.get_parameter(name)), name
     refused = fastattn("eval", tmp_path / "a", "--task", "tokens")
     assert refused.exit_code == 2 and "fastattn finetune tokens" in " ".join(refused.output.split())
+
+
+def test_a_gpt_that_transformers_has_not_keeps_its_head(tmp_path):
+    torch.manual_seed(0)
+    banded = pretrained.gpt.GPTConfig(**pretrained.gpt.SIZES["tiny"] | dict(vocab_size=260, local_window=16))
+    pretrained.save(pretrained.gpt.GPT(banded), tmp_path / "lm", tokens.Bytes())
+    model, tokenizer = pretrained.started(tmp_path / "lm", "classify", ["no", "yes"])
+    pretrained.save(model, tmp_path / "head", tokenizer)
+    again, _ = pretrained.opened(tmp_path / "head", "classify")
+    assert again.config.local_window == 16 and torch.equal(again.score.weight, model.score.weight)
+    assert pretrained.labels_in(pretrained.described(tmp_path / "head")[2]) == ["no", "yes"]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(pairs, tmp_path):
@@ -428,6 +440,8 @@ def test_refusals_name_the_argument_and_the_remedy(pairs, tmp_path):
         "finetune", "classify", *both, *bytes_, *out
     )
     assert "give --valid" in refused("finetune", "classify", "--data", others, *out)
+    alike = refused("finetune", "classify", "--data", others, "--valid", pairs, *bytes_, *out)
+    assert "all examples have the label 'maybe'" in alike
     assert "overlap" in refused("finetune", "qa", "--overlap", 120, *bytes_, *out)
     assert not (tmp_path / "out").exists(), "nothing is written before all is found right"
 

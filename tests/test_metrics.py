@@ -84,6 +84,7 @@ def test_answers_by_hand():
     # {big, black, cat} and {black, cat, sat, down}: 2 common words, 2 * 2 / (3 + 4)
     assert metrics.token_f1("a big black cat", ["black cat sat down", "dog"]) == pytest.approx(4 / 7)
     assert metrics.token_f1("cat cat", ["cat"]) == pytest.approx(2 / 3)
+    assert metrics.token_f1("cat cat dog", ["cat cat bird"]) == pytest.approx(4 / 6)
     assert metrics.token_f1("", ["cat"]) == 0.0
 
 

@@ -473,7 +473,7 @@ def config_for_transformers(model):
     )
     gpt1 = gpt1 and config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
     if not plain or (config.post_norm and not gpt1):
-        return {"model_type": OURS} | dataclasses.asdict(config)
+        return {"model_type": OURS, "architectures": [type(model).__name__]} | dataclasses.asdict(config)
     kind = "openai-gpt" if gpt1 else "gpt2"
     classifier = isinstance(model, GPTForSequenceClassification)
     found = {name: getattr(config, name) for name in SAME_NAME} | dict.fromkeys(DROPOUTS, config.dropout)

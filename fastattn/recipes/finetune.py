@@ -93,6 +93,10 @@ def prepare(settings, processes, resume=False):
         raise ValueError(f"--data {settings.data or '(default)'}: is not what {folder} was trained on")
     labels_of = getattr(TASKS[settings.task], "labels_of", lambda rows: None)
     labels = labels_of(learned)
+    if labels is not None and len(labels) < 2:
+        raise data.DataError(
+            f"{settings.data}: all examples have the label {labels[0]!r}, so there is nothing to learn"
+        )
     torch.manual_seed(settings.seed)  # the same new weights on every rank
     is_fresh = settings.model in (None, "gpt", "bert")
     if resume:
@@ -126,7 +130,7 @@ def prepare(settings, processes, resume=False):
             losses=task.loss,
             targets=task.targets,
             validation=validation,
-            save=lambda model, folder: pretrained.save(model, folder, tokenizer, labels),
+            save=lambda model, folder: pretrained.save(model, folder, tokenizer),
             resume=folder,
             header=dataclasses.asdict(settings) | {"fingerprint": fingerprint},
         )

@@ -4,7 +4,6 @@ A folder is a checkpoint in transformers' layout, GPT-2's or BERT's, or the fold
 """
 
 import dataclasses
-import json
 import warnings
 
 from fastattn.models import bert, checkpoint, gpt
@@ -62,7 +61,7 @@ def trained_task(config):
 
 def labels_in(config):
     """The labels of a head, in the order of its logits."""
-    found = config.get("id2label") or {}
+    found = config.get("id2label") or dict(enumerate(config.get("labels") or ()))
     return [found[i] for i in sorted(found, key=int)]
 
 
@@ -124,16 +123,10 @@ def has_types(model):
     return hasattr(model.config, "type_vocab_size")
 
 
-def save(model, folder, tokenizer, labels=None):
-    """The checkpoint, with the names of its labels, and its tokenizer beside it."""
+def save(model, folder, tokenizer):
+    """The checkpoint, and its tokenizer beside it."""
     model.save_pretrained(folder)
     tokenizer.save(folder)
-    if labels:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config |= {"id2label": dict(enumerate(labels)), "label2id": {k: i for i, k in enumerate(labels)}}
-        config.setdefault("architectures", [type(model).__name__])
-        with checkpoint.replacing(folder / CONFIG) as file:
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read(cls, folder):
@@ -146,7 +139,6 @@ def _read(cls, folder):
 def _with_labels(config, labels):
     if not labels:
         return config
-    named = isinstance(config, gpt.GPTConfig)
-    return dataclasses.replace(
-        config, **({"labels": tuple(labels)} if named else {"num_labels": len(labels)})
-    )
+    if isinstance(config, gpt.GPTConfig):
+        return dataclasses.replace(config, labels=tuple(labels))
+    return dataclasses.replace(config, num_labels=len(labels), id2label=dict(enumerate(labels)))
