@@ -292,6 +292,19 @@ def test_perplexity_by_hand(gpt, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
+def test_what_is_trained_can_be_used_and_trained_on(tmp_path):
+    (tmp_path / "text.txt").write_text("A mat is a mat is a mat.\n" * 60)
+    few = ("--steps", 2, "--log-every", 1000)
+    printed("train", "gpt", "--data", tmp_path / "text.txt", "--out", tmp_path / "lm", "--block", 32, *few)
+    assert printed("generate", tmp_path / "lm", "A mat", "--max-new-tokens", 4).startswith("A mat")
+    assert "perplexity" in printed("eval", tmp_path / "lm", "--data", tmp_path / "text.txt")
+    rows = [json.dumps({"prompt": "A", "answer": str(i)}) for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    start = ("--model", tmp_path / "lm", "--data", tmp_path / "rows.jsonl")
+    printed("finetune", "instruct", *start, "--out", tmp_path / "chat", *few)
+    assert printed("chat", tmp_path / "chat", "--max-new-tokens", 4, stdin="A\n").endswith("\n")
+
+
 # What is refused
 
 

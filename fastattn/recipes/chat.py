@@ -10,7 +10,7 @@ then the beginning of what follows, whatever is said next.
 
 import dataclasses
 
-from fastattn.models.generation import KVCache
+from fastattn.models.generation import new_cache
 from fastattn.recipes import generate
 
 ROLES = {"system": "System", "user": "User"}
@@ -76,8 +76,7 @@ class Conversation:
         self._begin()
 
     def _begin(self):
-        weight = self.model.wte.weight
-        self.cache = KVCache(self.model.config, 1, self.model.config.n_positions, weight.device, weight.dtype)
+        self.cache = new_cache(self.model)
         self.read = 0  # messages in the cache
         self.open = False  # the last answer there has no end
 

@@ -132,7 +132,7 @@ def save(model, folder, tokenizer):
 def _read(cls, folder):
     with warnings.catch_warnings():
         # a pooler that is not used, or a head about to be trained
-        warnings.filterwarnings("ignore", message="(?s).*which start anew")
+        warnings.filterwarnings("ignore", message="(?s).*which starts? anew")
         return cls.from_pretrained(folder).eval()
 
 
