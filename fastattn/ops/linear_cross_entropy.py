@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backend
-from fastattn.kernels.chunks import over_chunks
 
 OP = "linear_cross_entropy"
 
@@ -90,6 +89,8 @@ def _is_plain(*tensors):
 
 def linear_cross_entropy_fwd(*args):
     """Backend "torch": the chunks in stock ops. A launcher, so that a compiled graph holds one op and not its loop."""
+    from fastattn.kernels.chunks import over_chunks  # nothing of kernels is loaded before it is used
+
     return over_chunks(_stock_rows, *args)
 
 
