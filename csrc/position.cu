@@ -28,7 +28,7 @@
 // for dtoken, up to 0.2 of partials and, for every table, its size. Memory bounds all of it: 90 % of a copy's rate is
 // predicted for the adds (1024 threads an SM by their 59 to 64 registers, each with a 16-byte load on its way, where a
 // copy's latency asks for 11 KB; a sinusoid that no b shares, with dropout, takes 20 of the 24 instructions an element
-// has), 80 % for the embeddings, whose rows come by way of their ids, 70 % for their backward, which has 5 to 16 rows
+// has), 80 % for the embeddings, whose rows come by way of their ids, 70 % for their backward, which has 2 to 12 rows
 // of an SM on their way. Nothing has run on a GPU yet.
 
 #include "rt.cuh"
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(kRowThreads == 32 ? 128 : kRowThreads, 1)
 // add_positional_encoding_bwd_kernel does. With kHeld = 0 a row is read twice and the sums stay in memory, where each
 // number is one thread's.
 template <typename T, int kVec, int kRowThreads, int kHeld, int kBlock>
-__global__ void __launch_bounds__(kBlock, kBlock == 256 ? 2 : 1)
+__global__ void __launch_bounds__(kBlock, kBlock == 256 ? 2 : kRowThreads == 32 ? 3 : 1)
     embeddings_bwd_kernel(const T* gDy, Rows rows, Lookups lookups, const float* gMean, const float* gRstd, T* gDx,
                           float* gSums, float* gNormSums, RowDropout dropout, Walk walk) {
     constexpr int kGroups = kBlock / kRowThreads, kSome = kHeld ? kHeld : 1;
@@ -624,7 +624,7 @@ template <typename T, int kVec>
 auto choose_bwd(int64_t C) {
     using Kernel = decltype(&embeddings_bwd_kernel<T, kVec, 512, 0, 512>);
     if constexpr (kVec > 1) {
-        if (C <= kBwdWidths[0]) return Choice<Kernel>{embeddings_bwd_kernel<T, kVec, 32, 16 / kVec, 256>, 256, 8};
+        if (C <= kBwdWidths[0]) return Choice<Kernel>{embeddings_bwd_kernel<T, kVec, 32, 16 / kVec, 128>, 128, 4};
         if (C <= kBwdWidths[1]) return Choice<Kernel>{embeddings_bwd_kernel<T, kVec, 128, 8 / kVec, 128>, 128, 1};
         if (C <= kBwdWidths[2]) return Choice<Kernel>{embeddings_bwd_kernel<T, kVec, 256, 16 / kVec, 256>, 256, 1};
     } else if (C <= kBwdWidths[0]) {

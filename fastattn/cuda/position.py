@@ -10,7 +10,7 @@ from fastattn import cuda
 # GPU has timed them. Tests ask for something else with config=dict(ROWS=...), rows of a thread, or dict(GROUPS=...).
 ADD = 4096  # blocks of 256 threads
 ADD_BACKWARD = 1024
-NORM_BACKWARD = [(512, 2112), (1024, 660), (math.inf, 264)]  # (widest C, groups of threads that walk rows)
+NORM_BACKWARD = [(512, 1584), (1024, 660), (math.inf, 264)]  # (widest C, groups of threads that walk rows)
 BLOCK_BYTES = 256 * 16  # of x, that a block moves at a time
 ROWS = 16  # of one thread at most, which share what it prepares for its columns
 CHUNK = (16, 128)  # least and most sorted rows that a thread adds one after the other
