@@ -125,6 +125,14 @@ def test_dropout_is_the_specified_stream(N, dtype, p, fused):
     assert torch.equal(torch.autograd.grad(r.sum(), x)[0], mask)
 
 
+@pytest.mark.parametrize("N", [40, 41, 1032])
+def test_the_norm_is_of_the_sum_as_returned(N, fused):
+    """What backward reads of r is what the statistics are of."""
+    x, residual, weight, bias = (torch.randn(shape).bfloat16() for shape in ((9, N), (9, N), (N,), (N,)))
+    y, r = forced(add_layer_norm, fused)(x, residual, (N,), weight, bias, dropout_p=0.3, prenorm=True)
+    assert torch.equal(y, forced(layer_norm, fused)(r, (N,), weight, bias))
+
+
 def test_saved_for_backward(fused):
     x, residual, weight, bias = (
         leaf(6, 64, dtype=torch.bfloat16),
