@@ -123,7 +123,9 @@ def test_an_interrupted_write_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(TypeError):  # a config that JSON cannot hold
         write(tmp_path, {"old": torch.float32}, state(1))
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
-    write(tmp_path, {"old": False}, state(1))
+    with open(tmp_path / "model.safetensors", "rb") as reader:  # put in place, not written over
+        write(tmp_path, {"old": False}, state(1))
+        assert reader.read() == before[tmp_path / "model.safetensors"]
     assert not read(tmp_path)[0]["old"] and torch.equal(read(tmp_path)[1]["0.bias"], state(1)["0.bias"])
 
 
