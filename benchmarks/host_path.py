@@ -43,7 +43,8 @@ COLUMNS = ("no grad", "forward", "forward + backward")
 
 def host_paths(seconds=0.5):
     """[{backend, op, of, torch: µs, fastattn: µs, ratio}] for each backend, op and way of calling it."""
-    rows = []
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own ops would wake a pool of them for these few numbers
     for name, stubbed in (("cuda", _launches_left_out), ("triton", _stub_launchers)):
         for op, (stock, ours, inputs) in CALLS.items():
             with stubbed() as possible, backend.use_backend(name):
@@ -56,6 +57,7 @@ def host_paths(seconds=0.5):
                     medians = {who: quantiles(samples)[1] for who, samples in times.items()}
                     ratio = medians["fastattn"] / medians["torch"]
                     rows.append({"backend": name, "op": op, "of": of, **medians, "ratio": ratio})
+    torch.set_num_threads(threads)
     return rows
 
 

@@ -14,6 +14,9 @@ constexpr int32_t kDevice = kDlpackCuda;
 constexpr const char* kDeviceNeed = "on a CUDA device";
 #endif
 
+// Whether this is plain memory on a device that this build serves, and if so, where and what.
+bool read_plain(py::handle object, DlpackTensor& t);
+
 // Raises a RuntimeError naming the CUDA error, unless `code` is success.
 void check(int code, const std::string& what);
 

@@ -67,9 +67,9 @@ class Rowwise : public Call {
 
 float* floats(void* p) { return static_cast<float*>(p); }
 
-// mean and rstd may be None, where no backward will want them.
+// statistics: every row's rstd, then, unless rms, every mean; None where no backward will want them.
 void forward(py::handle x_, py::handle residual, py::handle weight, py::handle bias, py::handle y, py::handle r,
-             py::handle mean, py::handle rstd, py::handle seed, double eps, double dropout_p, bool rms) {
+             py::handle statistics, py::handle seed, double eps, double dropout_p, bool rms) {
     const Tensor x(x_, "x");
     const Rowwise call(x, x.dtype());
     LayerNormFwd f{};
@@ -87,15 +87,15 @@ void forward(py::handle x_, py::handle residual, py::handle weight, py::handle b
     f.weights_wide = f.bias ? wide : f.weights_wide;
     f.y = call.flat(Tensor(y, "y"), f.M * f.N, f.y_wide);
     f.r = call.flat(r, "r", f.M * f.N, f.residual_wide ? kFloat32 : f.dtype);
-    f.mean = floats(call.flat(mean, "mean", f.M, kFloat32));
-    f.rstd = floats(call.flat(rstd, "rstd", f.M, kFloat32));
+    f.rstd = floats(call.flat(statistics, "statistics", rms ? f.M : 2 * f.M, kFloat32));
+    f.mean = f.rstd && !rms ? f.rstd + f.M : nullptr;
     f.dropout = call.dropout(seed, dropout_p);
     if (f.M == 0 || f.N == 0) return;
     call.run("layer_norm_fwd", [&](void* stream) { return layer_norm_fwd(&f, stream); });
 }
 
 // dx may be None, where dresidual is it. workspace: 2 M floats and partial_rows * N for each parameter's gradient.
-void backward(py::handle dy, py::handle dr, py::handle r_, py::handle weight, py::handle mean, py::handle rstd,
+void backward(py::handle dy, py::handle dr, py::handle r_, py::handle weight, py::handle statistics,
               py::handle seed, py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias,
               py::handle workspace, int64_t partial_rows, double dropout_p, bool rms) {
     const Tensor r(r_, "r");
@@ -111,8 +111,8 @@ void backward(py::handle dy, py::handle dr, py::handle r_, py::handle weight, py
     b.dr = call.rows(dr, "dr", b.dr_rows, wide);
     if (b.dr && wide != b.r_wide) throw py::type_error("dr must have r's dtype");
     b.weight = call.flat(weight, "weight", b.N, b.weights_wide);
-    b.mean = floats(call.flat(mean, "mean", rms ? 0 : b.M, kFloat32));
-    b.rstd = floats(call.flat(rstd, "rstd", b.M, kFloat32));
+    b.rstd = floats(call.flat(statistics, "statistics", rms ? b.M : 2 * b.M, kFloat32));
+    b.mean = b.rstd && !rms ? b.rstd + b.M : nullptr;
     b.dx = call.flat(dx, "dx", b.M * b.N, call.dtype);
     b.dresidual = call.flat(dresidual, "dresidual", b.M * b.N, b.r_wide ? kFloat32 : call.dtype);
     b.dropout = call.dropout(seed, dropout_p);
@@ -129,9 +129,34 @@ void backward(py::handle dy, py::handle dr, py::handle r_, py::handle weight, py
     if (b.dbias) b.partial_dbias = free + partials - partial_rows * b.N;
     b.sums = free + partials;
     if (b.M == 0 || b.N == 0) return;
-    if (partial_rows < 1 || !b.rstd || !b.sums || (!rms && !b.mean))
-        throw py::value_error("layer_norm_bwd takes rstd, mean unless rms, a workspace and at least one partial row");
+    if (partial_rows < 1 || !b.rstd || !b.sums)
+        throw py::value_error("layer_norm_bwd takes statistics, a workspace and at least one partial row");
     call.run("layer_norm_bwd", [&](void* stream) { return layer_norm_bwd(&b, stream); });
+}
+
+// What fastattn/cuda/layer_norm.py says of it.
+int64_t usual(py::handle x, py::handle normalized_shape, py::handle weight, py::handle bias) {
+    DlpackTensor t, w;
+    if (!read_plain(x, t) || !PyTuple_CheckExact(normalized_shape.ptr()) || PyTuple_GET_SIZE(normalized_shape.ptr()) != 1)
+        return 0;
+    const bool half = t.bits == 16 && (t.type_code == 2 || t.type_code == 4), wide = t.bits == 32 && t.type_code == 2;
+    if (!(half || wide) || !t.ndim || !contiguous(t)) return 0;
+    const int64_t N = t.shape[t.ndim - 1];
+    PyObject* asked = PyTuple_GET_ITEM(normalized_shape.ptr(), 0);
+    if (!PyLong_CheckExact(asked) || PyLong_AsLongLong(asked) != N) return 0;
+    int weight_code = -1;
+    for (py::handle object : {weight, bias}) {
+        if (object.is_none()) continue;
+        if (!read_plain(object, w) || w.device_index != t.device_index || w.ndim != 1 || w.shape[0] != N || !contiguous(w))
+            return 0;
+        const int code = w.type_code * 256 + w.bits;
+        const bool as_x = w.type_code == t.type_code && w.bits == t.bits, as_float = w.type_code == 2 && w.bits == 32;
+        if (!(as_x || as_float) || (weight_code >= 0 && weight_code != code)) return 0;
+        weight_code = code;
+    }
+    int64_t M = 1;
+    for (int i = 0; i < t.ndim - 1; i++) M *= t.shape[i];
+    return N ? M : 0;
 }
 
 }  // namespace
@@ -139,6 +164,7 @@ void backward(py::handle dy, py::handle dr, py::handle r_, py::handle weight, py
 void bind_layer_norm(py::module_& m) {
     m.def("layer_norm_fwd", &forward);
     m.def("layer_norm_bwd", &backward);
+    m.def("layer_norm_usual", &usual);
     m.def("rows_fit", [](py::handle object) {
         Rows rows;
         return Tensor(object, "tensor").rows(rows);

@@ -34,6 +34,17 @@ struct DlpackExchange {
 
 constexpr int32_t kDlpackCpu = 1, kDlpackCuda = 2;
 
+inline bool contiguous(const DlpackTensor& t) {
+    for (int i = 0; i < t.ndim; i++)
+        if (t.shape[i] == 0) return true;
+    int64_t expected = 1;
+    for (int i = t.ndim - 1; i >= 0; i--) {
+        if (t.shape[i] != 1 && t.strides[i] != expected) return false;
+        expected *= t.shape[i];
+    }
+    return true;
+}
+
 // Looked up at the first call, since nothing here imports torch.
 struct Torch {
     PyTypeObject *tensor, *parameter;
@@ -86,16 +97,7 @@ struct Tensor {
         for (int i = 0; i < dl.ndim; i++) n *= dl.shape[i];
         return n;
     }
-    bool contiguous() const {
-        if (numel() == 0) return true;
-        int64_t expected = 1;
-        bool so = true;
-        for (int i = dl.ndim - 1; i >= 0; i--) {
-            so &= dl.shape[i] == 1 || dl.strides[i] == expected;
-            expected *= dl.shape[i];
-        }
-        return so || expected == 0;
-    }
+    bool contiguous() const { return ::contiguous(dl); }
 
     std::string dtype_name() const {
         static const char* const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};

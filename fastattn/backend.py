@@ -20,6 +20,7 @@ import pathlib
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 ORDER = ("cuda", "triton", "torch")
 MODULES = {"cuda": "fastattn.cuda.", "triton": "fastattn.kernels.", "torch": "fastattn.ops."}
@@ -92,6 +93,35 @@ def choose(op, why_not, *args, N=None, elements=None, inductor_fuses=False):
     if not torch.compiler.is_compiling():
         calls[op, chosen] += 1
     return chosen
+
+
+def certain(name, op, x):
+    """Whether a call with x runs on backend `name` if that can serve it, and eagerly, with no mode or autocast on that changes its meaning.
+
+    For the quick ways of ops that small calls wait for; False means nothing. x's last dim is the row length N.
+    """
+    if _forced is None:
+        if not x.is_cuda or not x.dim() or _preferred(op, x.dtype, x.numel(), x.shape[-1])[0] != name:
+            return False
+        if unproven(op, name, x.device) is not None:
+            return False
+    elif _forced != name:
+        return False
+    return not (
+        _explaining
+        or _is_compiling()
+        or _dispatch_modes()
+        or _autocasting()
+        or _profiling()
+        or _transform() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+# By short names, since looking them up takes longer than calling them.
+_is_compiling, _profiling = torch.compiler.is_compiling, torch.autograd._profiler_enabled
+_dispatch_modes, _autocasting = torch._C._len_torch_dispatch_stack, torch._C._is_any_autocast_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def stock_only(op, t):
@@ -362,7 +392,11 @@ def autocast_dtype(devices, x):
 
 
 def needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() over a generator takes twice the time
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def wants_double_backward():

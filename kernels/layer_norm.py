@@ -72,7 +72,7 @@ def affine(x_hat, weight_ptr, bias_ptr, start, N, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, r_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, r_ptr, statistics_ptr, seed_ptr,
     x_inner, stride_x_outer, stride_x_inner, stride_x_n,
     residual_inner, stride_residual_outer, stride_residual_inner, stride_residual_n,
     M, N, eps, threshold, rescale,
@@ -144,9 +144,10 @@ def layer_norm_fwd_kernel(
             y = affine((r - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, start, N, BLOCK_N)
             tl.store(y_ptr + out + offs_n, y, mask=mask)
 
-    if not RMS:
-        tl.store(mean_ptr + rows, mean, mask=mask_m)
-    tl.store(rstd_ptr + rows, rstd, mask=mask_m)
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + rows, rstd, mask=mask_m)
+        if not RMS:
+            tl.store(statistics_ptr + M + rows, mean, mask=mask_m)
 
 
 @triton.jit
@@ -158,11 +159,11 @@ def load_gradient(dy_rows, x_rows, mean, rstd, offs_n, mask, stride_dy_n, stride
 
 
 @triton.jit
-def load_statistics(mean_ptr, rstd_ptr, rows, mask_m, RMS: tl.constexpr):
+def load_statistics(statistics_ptr, M, rows, mask_m, RMS: tl.constexpr):
     mean = tl.zeros(rows.shape, tl.float32)
     if not RMS:
-        mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
-    return mean, tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
+        mean = tl.load(statistics_ptr + M + rows, mask=mask_m, other=0.0)
+    return mean, tl.load(statistics_ptr + rows, mask=mask_m, other=0.0)
 
 
 @triton.jit
@@ -181,7 +182,7 @@ def store_gradient(dx, dr_rows, dx_ptr, dresidual_ptr, seed_ptr, rows, start, of
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_bwd_kernel(
-    dy_ptr, dr_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dy_ptr, dr_ptr, x_ptr, weight_ptr, statistics_ptr, seed_ptr,
     dx_ptr, dresidual_ptr, partial_dweight_ptr, partial_dbias_ptr,
     dy_inner, stride_dy_outer, stride_dy_inner, stride_dy_n,
     dr_inner, stride_dr_outer, stride_dr_inner, stride_dr_n,
@@ -203,7 +204,7 @@ def layer_norm_bwd_kernel(
         dr_rows = dr_ptr
         if dr_ptr is not None:
             dr_rows += row_offsets(rows, dr_inner, stride_dr_outer, stride_dr_inner)
-        mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, mask_m, RMS)
+        mean, rstd = load_statistics(statistics_ptr, M, rows, mask_m, RMS)
 
         if not LOOPED:
             mask = mask_m[:, None] & (lanes < N)
@@ -250,7 +251,7 @@ def layer_norm_bwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def layer_norm_bwd_columns_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, x_ptr, statistics_ptr, dweight_ptr, dbias_ptr,
     dy_inner, stride_dy_outer, stride_dy_inner, stride_dy_n,
     x_inner, stride_x_outer, stride_x_inner, stride_x_n,
     M, N,
@@ -264,7 +265,7 @@ def layer_norm_bwd_columns_kernel(
     for start_m in range(0, M, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = rows < M
-        mean, rstd = load_statistics(mean_ptr, rstd_ptr, rows, mask_m, RMS)
+        mean, rstd = load_statistics(statistics_ptr, M, rows, mask_m, RMS)
         dy, x_hat = load_gradient(
             dy_ptr + row_offsets(rows, dy_inner, stride_dy_outer, stride_dy_inner),
             x_ptr + row_offsets(rows, x_inner, stride_x_outer, stride_x_inner),
@@ -302,23 +303,29 @@ def row_groups(table, looped, N):
     return dict(config, LOOPED=False, BLOCK_M=max(1, tile // block_n), BLOCK_N=block_n)
 
 
-def layer_norm_fwd(x, weight, bias, eps, rms, dtype):
-    """(y, mean, rstd) of x (..., N); y contiguous in dtype, mean and rstd (M,) fp32, mean (0,) where rms."""
-    y, _, mean, rstd = _forward(x, None, weight, bias, None, eps, 0.0, rms, False, dtype)
-    return y, mean, rstd
+def layer_norm_fwd(x, weight, bias, eps, rms, keep_statistics, dtype):
+    """(y, statistics) of x (..., N); y contiguous in dtype; statistics fp32: every row's rstd, then, unless rms, every mean.
+
+    What is not kept is (0,).
+    """
+    y, _, statistics = _forward(x, None, weight, bias, None, eps, 0.0, rms, False, keep_statistics, dtype)
+    return y, statistics
 
 
-def add_layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, dtype):
-    """(y, r, mean, rstd) with r = residual + dropout(x) in residual's dtype, (0,) unless keep_sum; y in dtype."""
-    return _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, dtype)
+def add_layer_norm_fwd(
+    x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, keep_statistics, dtype
+):
+    """(y, r, statistics) with r = residual + dropout(x) in residual's dtype, (0,) unless keep_sum; y in dtype."""
+    return _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, keep_statistics, dtype)
 
 
-def _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, dtype):
+def _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, keep_statistics, dtype):
     N = x.shape[-1]
     M = x.numel() // N if N else x.shape[:-1].numel()
     options = row_groups(FORWARD, FORWARD_LOOPED, N)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    mean, rstd = (torch.empty(m, dtype=torch.float32, device=x.device) for m in (0 if rms else M, M))
+    kept = (M if rms else 2 * M) if keep_statistics else 0
+    statistics = torch.empty(kept, dtype=torch.float32, device=x.device)
     stored = residual is not None and (keep_sum or options["LOOPED"])
     r = torch.empty(
         x.shape if stored else 0, dtype=(x if residual is None else residual).dtype, device=x.device
@@ -329,23 +336,23 @@ def _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, dty
     if y.numel():
         with torch.cuda.device_of(x):
             layer_norm_fwd_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-                x, residual, weight, bias, y, r if stored else None, mean, rstd, seed, *x_layout, *residual_layout,
+                x, residual, weight, bias, y, r if stored else None, statistics if kept else None, seed, *x_layout, *residual_layout,
                 M, N, eps, *row_dropout_scalars(dropout_p), RMS=rms, **options,
             )  # fmt: skip
-    return y, r if keep_sum else r.new_empty(0), mean, rstd
+    return y, r if keep_sum else r.new_empty(0), statistics
 
 
-def layer_norm_bwd(dy, x, weight, mean, rstd, weight_grad, bias_grad, rms):
+def layer_norm_bwd(dy, x, weight, statistics, weight_grad, bias_grad, rms):
     """(dx, dweight, dbias): dx contiguous in x's dtype, the others in weight's (fp32 without one), (0,) if not wanted."""
     weight_grad = weight_grad and weight is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight, dbias = _backward(
-        dy, None, x, weight, mean, rstd, None, 0.0, dx, None, weight_grad, bias_grad, rms
+        dy, None, x, weight, statistics, None, 0.0, dx, None, weight_grad, bias_grad, rms
     )
     return dx, dweight, dbias
 
 
-def add_layer_norm_bwd(dy, dr, r, weight, mean, rstd, seed, dropout_p, weight_grad, bias_grad, rms, dtype):
+def add_layer_norm_bwd(dy, dr, r, weight, statistics, seed, dropout_p, weight_grad, bias_grad, rms, dtype):
     """(dx in dtype, dresidual in r's, dweight, dbias); dr is what came for r itself, or None.
 
     dx is (0,) where it would be dresidual over again: no dropout, one dtype.
@@ -355,14 +362,15 @@ def add_layer_norm_bwd(dy, dr, r, weight, mean, rstd, seed, dropout_p, weight_gr
     same = seed is None and dtype == r.dtype
     dx = torch.empty(0 if same else r.shape, dtype=dtype, device=r.device)
     dweight, dbias = _backward(
-        dy, dr, r, weight, mean, rstd, seed, dropout_p, None if same else dx, dresidual, weight_grad, bias_grad, rms
+        dy, dr, r, weight, statistics, seed, dropout_p, None if same else dx, dresidual, weight_grad, bias_grad, rms
     )  # fmt: skip
     return dx, dresidual, dweight, dbias
 
 
-def _backward(dy, dr, x, weight, mean, rstd, seed, dropout_p, dx, dresidual, weight_grad, bias_grad, rms):
+def _backward(dy, dr, x, weight, statistics, seed, dropout_p, dx, dresidual, weight_grad, bias_grad, rms):
     """Fills dx and dresidual where given; returns dweight and dbias."""
-    N, M = x.shape[-1], rstd.numel()
+    N = x.shape[-1]
+    M = x.numel() // N if N else 0
     dtype = torch.float32 if weight is None else weight.dtype
     dweight, dbias = (
         torch.empty(N if wanted else 0, dtype=dtype, device=x.device) for wanted in (weight_grad, bias_grad)
@@ -382,12 +390,12 @@ def _backward(dy, dr, x, weight, mean, rstd, seed, dropout_p, dx, dresidual, wei
     outputs = dweight if weight_grad else None, dbias if bias_grad else None
     with torch.cuda.device_of(x):
         layer_norm_bwd_kernel[(G,)](
-            dy, dr, x, weight, mean, rstd, seed, dx, dresidual, *partials, *dy_layout, *dr_layout, *x_layout,
+            dy, dr, x, weight, statistics, seed, dx, dresidual, *partials, *dy_layout, *dr_layout, *x_layout,
             M, N, *row_dropout_scalars(dropout_p), RMS=rms, **options,
         )  # fmt: skip
         if looped and (weight_grad or bias_grad):
             layer_norm_bwd_columns_kernel[(triton.cdiv(N, COLUMNS["BLOCK_N"]),)](
-                dy, x, mean, rstd, *outputs, *dy_layout, *x_layout, M, N, RMS=rms, **COLUMNS
+                dy, x, statistics, *outputs, *dy_layout, *x_layout, M, N, RMS=rms, **COLUMNS
             )
         elif weight_grad or bias_grad:
             layer_norm_bwd_partials_kernel[(triton.cdiv(N, PARTIAL_SUM["BLOCK_N"]),)](

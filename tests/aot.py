@@ -279,10 +279,10 @@ def shipped_calls():
                       False])  # fmt: skip
     for N in widths(layer_norm.FORWARD, layer_norm.BACKWARD):
         x, w, stat = tensor("b", 8192, N), tensor("f", N), tensor("f", 8192)
-        calls.append(["layer_norm.layer_norm_fwd", x, w, w, 1e-5, False, {"dtype": "b"}])
+        calls.append(["layer_norm.layer_norm_fwd", x, w, w, 1e-5, False, True, {"dtype": "b"}])
         calls.append(["layer_norm.layer_norm_bwd", x, x, w, stat, stat, True, True, False])
         calls.append(
-            ["layer_norm.add_layer_norm_fwd", x, x, w, w, None, 1e-5, 0.0, False, True, {"dtype": "b"}]
+            ["layer_norm.add_layer_norm_fwd", x, x, w, w, None, 1e-5, 0.0, False, True, True, {"dtype": "b"}]
         )
     for letter, tanh in (("b", False), ("b", True), ("f", False)):
         x, b = tensor(letter, 8192, 3072), tensor("f", 3072)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(isinstance(_C, str), reason=str(_C))
 
 
 def forward(x, weight, bias):
-    return layer_norm_fwd(x, weight, bias, 1e-5, False, x.dtype)
+    return layer_norm_fwd(x, weight, bias, 1e-5, False, True, x.dtype)
 
 
 BASE = torch.arange(24.0).view(4, 6)
@@ -98,12 +98,14 @@ def test_refuses_functorch(transform):
 def test_plain_agrees_with_the_sentences():
     """The quick answer is yes only where the long one finds nothing to say."""
     plain = cuda.module(BASE).plain
-    assert plain(BASE, None, torch.nn.Parameter(BASE), torch.zeros(2, dtype=torch.int64), BASE.half())
+    assert plain(BASE, None, torch.nn.Parameter(BASE), torch.zeros(2, dtype=torch.int64))
+    assert plain(BASE.half(), BASE, BASE.half())
+    assert not plain(BASE, BASE.half()) and not plain(BASE.half(), BASE.bfloat16()) and not plain(BASE.int())
     others = [make() for make, _ in REFUSED.values()] + [BASE.double(), BASE.to(torch.complex64)]
     for other in others:
         assert other is None or not plain(BASE, other)
     negative = torch.ones(3, dtype=torch.complex64).conj().imag
-    assert not cuda._plain(BASE, (BASE, negative)) and cuda._plain(BASE, (BASE, BASE[0]))
+    assert not cuda.plain(BASE, negative) and cuda.plain(BASE, BASE[0])
 
 
 def test_names_the_wrong_argument():
@@ -193,7 +195,7 @@ def test_launcher_allocates_what_the_extension_fills(monkeypatch):
 def test_layer_norm_refuses_in_a_sentence(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "not_emulated", lambda: None)
-    monkeypatch.setattr(cuda, "_plain", lambda *_: False)
+    monkeypatch.setattr(cuda, "plain", lambda *_: False)
     assert "runs on NVIDIA GPUs" in layer_norm_why_not(BASE.to("meta"), None, None, BASE.dtype)
     assert "torch.float64" in layer_norm_why_not(BASE.double(), None, None, torch.float64)
     monkeypatch.setattr(cuda, "why_not", lambda *tensors: None)
@@ -274,7 +276,7 @@ from fastattn.cuda.layer_norm import layer_norm_fwd
 x = torch.randn(16, 64, device="cuda")
 with torch.cuda.graph(torch.cuda.CUDAGraph()):
     try:
-        layer_norm_fwd(x, None, None, 1e-5, False, x.dtype)
+        layer_norm_fwd(x, None, None, 1e-5, False, True, x.dtype)
     except RuntimeError as e:
         print(e)
 """

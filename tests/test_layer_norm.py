@@ -314,12 +314,12 @@ def test_inputs_are_left_alone(fused):
 def test_the_launchers_behind_torch_ops(fused):
     x, weight, bias = torch.randn(5, 24), torch.randn(24), torch.randn(24)
     ops = torch.ops.fastattn
-    y, mean, rstd = ops.layer_norm_fwd(x, weight, bias, 1e-5, False, torch.float32, fused)
+    y, mean, rstd = ops.layer_norm_fwd(x, weight, bias, 1e-5, False, True, torch.float32, fused)
     seed = torch.tensor([1, 2])
     for name, args in {
-        "layer_norm_fwd": (x, weight, None, 1e-5, True, torch.float32),
+        "layer_norm_fwd": (x, weight, None, 1e-5, True, True, torch.float32),
         "layer_norm_bwd": (y, x, weight, mean, rstd, True, True, False),
-        "add_layer_norm_fwd": (x.half(), x, weight, bias, seed, 1e-5, 0.5, False, True, torch.float16),
+        "add_layer_norm_fwd": (x.half(), x, weight, bias, seed, 1e-5, 0.5, False, True, True, torch.float16),
         "add_layer_norm_bwd": (y, None, x, weight, mean, rstd, seed, 0.5, True, False, False, torch.float16),
     }.items():
         torch.library.opcheck(getattr(ops, name).default, (*args, fused))

@@ -76,6 +76,7 @@ def _version(number):
 
 
 _prepared = set()  # device indices
+_ready = {}  # their modules; -1 is the CPU
 
 
 def device_refusal(index):
@@ -99,18 +100,36 @@ def why_not(*tensors):
     """What every launch needs of its tensors (None entries are skipped; the first one's device counts)."""
     first = tensors[0]
     reason = not_emulated() if first.is_cpu else unavailable()
-    if reason is None and not _plain(first, tensors):
+    if reason is None:
         reason = backend.plain_why_not(*tensors)
-        if reason is None and not (first.is_cpu or first.is_cuda):
-            reason = f"the tensors are on {first.device}, the extension runs on NVIDIA GPUs"
-    if reason is not None or first.is_cpu:
-        return reason
-    return device_refusal(first.device.index)
+    if reason is None and not (first.is_cpu or first.is_cuda):
+        reason = f"the tensors are on {first.device}, the extension runs on NVIDIA GPUs"
+    return device_why_not(first) if reason is None else reason
 
 
-def _plain(first, tensors):
-    """backend.plain_why_not(*tensors) is None, found out in a fraction of its time; False where that cannot be."""
-    if torch.compiler.is_compiling() or backend.transform_why_not() is not None:
+def ready(t):
+    """The compiled module for tensors where t is, if it is there and its kernels are loaded; else None."""
+    index = t.get_device()  # -1 for the CPU
+    if index not in _ready:
+        if (not_emulated() if t.is_cpu else unavailable()) is None and device_why_not(t) is None:
+            _ready[index] = module(t)
+    return _ready.get(index)
+
+
+def device_why_not(t):
+    """Why the extension cannot run where t is, if it runs at all; or None."""
+    return None if t.is_cpu else device_refusal(t.device.index)
+
+
+def plain(*tensors):
+    """Whether these are plain tensors where an extension is, floating ones of float32 or the first one's dtype (16 or 32 bits).
+
+    That is the usual call, known in 1 us. True means that backend.plain_why_not has nothing to say; False means nothing.
+    """
+    first = tensors[0]
+    if torch.compiler.is_compiling() or (not_emulated() if first.is_cpu else unavailable()) is not None:
+        return False
+    if backend.transform_why_not() is not None:
         return False
     for t in tensors:
         if t is not None and t.is_neg():
