@@ -192,6 +192,9 @@ PAINTED = {
 def bench(
     device: Device = "",
     op: Op = None,
+    host: Annotated[
+        bool, typer.Option("--host", help="Only what Python costs before a kernel starts.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller shapes.")] = False,
     out: Out = pathlib.Path("bench-out"),
     data: Annotated[pathlib.Path | None, typer.Option(help="Text to train the GPT on.")] = None,
@@ -205,7 +208,8 @@ def bench(
         raise typer.BadParameter(f"--op {unknown[0]}: need one of {', '.join(run.EVERYTHING)}")
     if data is not None and not data.is_file():
         raise typer.BadParameter(f"--data {data}: no such file")
-    failures = run.run(_console(), _device(device), op or run.EVERYTHING, quick, out, data, limit)
+    chosen = ["host"] if host else op or run.EVERYTHING
+    failures = run.run(_console(), _device(device), chosen, quick, out, data, limit)
     raise typer.Exit(bool(failures))
 
 

@@ -280,7 +280,7 @@ def shipped_calls():
     for N in widths(layer_norm.FORWARD, layer_norm.BACKWARD):
         x, w, stat = tensor("b", 8192, N), tensor("f", N), tensor("f", 8192)
         calls.append(["layer_norm.layer_norm_fwd", x, w, w, 1e-5, False, True, {"dtype": "b"}])
-        calls.append(["layer_norm.layer_norm_bwd", x, x, w, stat, stat, True, True, False])
+        calls.append(["layer_norm.layer_norm_bwd", x, x, w, stat, True, True, False])
         calls.append(
             ["layer_norm.add_layer_norm_fwd", x, x, w, w, None, 1e-5, 0.0, False, True, True, {"dtype": "b"}]
         )

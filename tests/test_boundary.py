@@ -110,9 +110,7 @@ def test_plain_agrees_with_the_sentences():
 
 def test_names_the_wrong_argument():
     def launch(x):
-        _C.layer_norm_fwd(
-            x, None, None, None, torch.empty_like(BASE), None, None, None, None, 1e-5, 0.0, False
-        )
+        _C.layer_norm_fwd(x, None, None, None, torch.empty_like(BASE), None, None, None, 1e-5, 0.0, False)
 
     with pytest.raises(
         ValueError, match=r"x is float32 \(4, 6\) with strides \(6, 1\) on cpu, must be on a CUDA device"
@@ -130,8 +128,7 @@ def test_names_what_does_not_fit_beside_x():
         bias=None,
         y=torch.empty_like(BASE),
         r=None,
-        mean=None,
-        rstd=None,
+        statistics=None,
         seed=None,
     )
     for name, bad, message in (
@@ -141,7 +138,7 @@ def test_names_what_does_not_fit_beside_x():
         ("weight", torch.ones(5), "weight is .* must be 6 contiguous"),
         ("weight", torch.ones(6).half(), "weight is float16 .* must be of x's dtype or float32"),
         ("residual", torch.ones(3, 6), "residual is .* must be 4 rows of N = 6"),
-        ("mean", torch.ones(4).half(), "mean is float16 .* must be of dtype float32"),
+        ("statistics", torch.ones(8).half(), "statistics is float16 .* must be of dtype float32"),
         ("seed", torch.ones(2), r"seed is float32 .* must be int64 \(2,\)"),
     ):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=message):
@@ -178,18 +175,19 @@ def test_import_calls_no_cuda():
 
 
 def test_launcher_allocates_what_the_extension_fills(monkeypatch):
-    def fill(x, residual, weight, bias, y, r, mean, rstd, seed, eps, dropout_p, rms):
+    def fill(x, residual, weight, bias, y, r, statistics, seed, eps, dropout_p, rms):
         assert all(t is None for t in (residual, weight, bias, r, seed)) and (eps, dropout_p) == (1e-5, 0.0)
-        assert y.is_contiguous() and mean.is_contiguous() and rstd.is_contiguous()
+        assert y.is_contiguous() and statistics.is_contiguous()
         y.copy_(torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps))
+        rstd, mean = statistics.view(2, -1)
         mean.copy_(x.mean(1))
         rstd.copy_(((x - x.mean(1, keepdim=True)).square().mean(1) + eps).rsqrt())
 
     monkeypatch.setattr(cuda, "module", lambda t: types.SimpleNamespace(layer_norm_fwd=fill))
     for x in (BASE.half(), BASE.t(), BASE[:0], BASE[:1].expand(3, 6)):
-        y, mean, rstd = forward(x, None, None)
+        y, statistics = forward(x, None, None)
         assert y.shape == x.shape and y.dtype == x.dtype
-        assert mean.shape == rstd.shape == x.shape[:1] and mean.dtype == rstd.dtype == torch.float32
+        assert statistics.shape == (2 * len(x),) and statistics.dtype == torch.float32
 
 
 def test_layer_norm_refuses_in_a_sentence(monkeypatch):
@@ -220,7 +218,8 @@ gpu = pytest.mark.gpu
 def test_layer_norm_fwd(N, dtype):
     x = torch.randn(7, N, device="cuda", dtype=dtype) * 3 + 1
     weight, bias = torch.randn(2, N, device="cuda")
-    y, mean, rstd = forward(x, weight, bias)
+    y, statistics = forward(x, weight, bias)
+    rstd, mean = statistics.view(2, -1)
     exact = torch.nn.functional.layer_norm(x.double(), (N,), weight.double(), bias.double())
     torch.testing.assert_close(
         y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps
@@ -241,7 +240,7 @@ def test_layer_norm_fwd_reads_any_strides():
         big[:1, :64].expand(5, 64),
         big[:, :1].expand(9, 64),
     ):
-        y, _, _ = forward(x, None, None)
+        y, _ = forward(x, None, None)
         torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, x.shape[-1:]))
 
 
@@ -251,7 +250,7 @@ def test_runs_on_the_current_stream():
     expected = torch.nn.functional.layer_norm(x + 1, (4096,))
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        y, _, _ = forward(x + 1, None, None)
+        y, _ = forward(x + 1, None, None)
     stream.synchronize()
     torch.testing.assert_close(y, expected)
 

@@ -140,11 +140,11 @@ def test_saved_for_backward(fused):
         *(leaf(64, dtype=torch.bfloat16) for _ in range(2)),
     )
     for function, args, sizes in (
-        (layer_norm, (x, (64,), weight, bias), [6, 6, 64, 64, 384]),
+        (layer_norm, (x, (64,), weight, bias), [12, 64, 64, 384]),
         (
             functools.partial(add_layer_norm, dropout_p=0.1),
             (x, residual, (64,), weight, bias),
-            [2, 6, 6, 64, 64, 384],
+            [2, 12, 64, 64, 384],
         ),
         (functools.partial(add_rms_norm, prenorm=True), (x, residual, (64,), weight), [0, 6, 64, 384]),
     ):
@@ -314,13 +314,13 @@ def test_inputs_are_left_alone(fused):
 def test_the_launchers_behind_torch_ops(fused):
     x, weight, bias = torch.randn(5, 24), torch.randn(24), torch.randn(24)
     ops = torch.ops.fastattn
-    y, mean, rstd = ops.layer_norm_fwd(x, weight, bias, 1e-5, False, True, torch.float32, fused)
+    y, statistics = ops.layer_norm_fwd(x, weight, bias, 1e-5, False, True, torch.float32, fused)
     seed = torch.tensor([1, 2])
     for name, args in {
         "layer_norm_fwd": (x, weight, None, 1e-5, True, True, torch.float32),
-        "layer_norm_bwd": (y, x, weight, mean, rstd, True, True, False),
+        "layer_norm_bwd": (y, x, weight, statistics, True, True, False),
         "add_layer_norm_fwd": (x.half(), x, weight, bias, seed, 1e-5, 0.5, False, True, True, torch.float16),
-        "add_layer_norm_bwd": (y, None, x, weight, mean, rstd, seed, 0.5, True, False, False, torch.float16),
+        "add_layer_norm_bwd": (y, None, x, weight, statistics, seed, 0.5, True, False, False, torch.float16),
     }.items():
         torch.library.opcheck(getattr(ops, name).default, (*args, fused))
 
@@ -347,18 +347,13 @@ def test_compiles_to_one_graph(function, fused):
 def stock_launchers(name, chosen, op_name, *args):
     """The launchers in stock ops, so that float64 reaches the autograd functions."""
     if name == "layer_norm_fwd":
-        x, weight, bias, eps, rms, dtype = args
-        return op._stock("rms_norm" if rms else "layer_norm", x, x.shape[-1:], weight, bias, eps, dtype), x, x
+        x, weight, bias, eps, rms, _, dtype = args
+        return op._stock("rms_norm" if rms else "layer_norm", x, x.shape[-1:], weight, bias, eps, dtype), x
     if name == "add_layer_norm_fwd":
-        x, residual, weight, bias, seed, eps, dropout_p, rms, _, dtype = args
+        x, residual, weight, bias, seed, eps, dropout_p, rms, _, _, dtype = args
         r = residual + x * op._mask(seed, dropout_p, x)
-        return (
-            op._stock("rms_norm" if rms else "layer_norm", r, r.shape[-1:], weight, bias, eps, dtype),
-            r,
-            x,
-            x,
-        )
-    dy, dr, r, weight, _, _, seed, dropout_p, _, _, rms, dtype = args
+        return op._stock("rms_norm" if rms else "layer_norm", r, r.shape[-1:], weight, bias, eps, dtype), r, x
+    dy, dr, r, weight, _, seed, dropout_p, _, _, rms, dtype = args
     with torch.enable_grad():
         r, weight = r.detach().requires_grad_(), weight.detach().requires_grad_()
         y = op._stock("rms_norm" if rms else "layer_norm", r, r.shape[-1:], weight, None, 1e-5, dtype)
@@ -373,7 +368,7 @@ def test_double_backward(rms, monkeypatch):
     double = functools.partial(leaf, dtype=torch.float64)
     x, residual, weight, bias = double(3, 5), double(3, 5), double(5), None if rms else double(5)
     seed = torch.tensor([3, 4])
-    norm = lambda *a: op._Norm.apply(*a, 1e-5, rms, torch.float64, "triton")  # noqa: E731
+    norm = lambda *a: op._Norm.apply(*a, (1e-5, rms, torch.float64, "triton"))  # noqa: E731
     add = lambda *a: op._AddNorm.apply(*a, seed, 1e-5, 0.4, rms, torch.float64, "triton")  # noqa: E731
     assert torch.autograd.gradgradcheck(norm, (x, weight, bias))
     assert torch.autograd.gradgradcheck(add, (x, residual, weight, bias))

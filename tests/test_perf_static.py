@@ -6,6 +6,7 @@ launch has them. They say what a kernel must at least cost; what it does cost on
 
 import json
 import math
+import time
 import timeit
 
 import aot
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import backend, functional
-from fastattn.benchmarks import model
+from fastattn.benchmarks import host_path, model
 
 pytest.importorskip("triton")
 
@@ -107,34 +108,39 @@ def test_rows_move_in_16_byte_accesses(census, kernel):
             assert row[name] >= 0.8, f"{key}: {name} are {row[name]} of the bytes"
 
 
-def test_host_time_of_a_call(monkeypatch, record_property):
-    """Public function, dispatch and autograd around a launcher that does nothing, over F.layer_norm on the same 8 numbers.
+# Of torch's own time: seen on a calm machine 1.3, 2.3 and 1.7 for cuda, 3 to 4, 5 and 2 for triton.
+HOST_LIMITS = {"cuda": (1.75, 3.0, 2.5), "triton": (6, 12, 6)}
 
-    Triton's own launch is not in it (13 us on a GPU machine, which wants a driver). The limits are generous: the ratio is
-    printed, and a GPU's benchmark has the real one.
+
+@pytest.mark.parametrize("name", HOST_LIMITS)
+def test_host_time_of_a_call(name, monkeypatch, record_property):
+    """Public function, dispatch, autograd and boundary around a launch that does nothing, over F.layer_norm on the same numbers.
+
+    Triton's own launch is not in it (13 us on a GPU machine, which wants a driver), nor is cudaLaunchKernel. The limits are
+    those of a busy machine: `fastattn bench --host` reports, and a GPU's benchmark has the real one.
     """
-    x, w = torch.randn(2, 4), torch.ones(4)
-    outputs = torch.empty(2, 4), torch.empty(2), torch.empty(2)
-    gradients = torch.empty(2, 4), torch.empty(4), torch.empty(4)
+    x, w = torch.randn(2, 8), torch.ones(8)
+    outputs, gradients = (torch.empty(2, 8), torch.empty(4)), (torch.empty(2, 8), *torch.empty(2, 8))
     stubs = {"layer_norm_fwd": lambda *a: outputs, "layer_norm_bwd": lambda *a: gradients}
-    monkeypatch.setattr(backend, "launcher", lambda name, backend, op: stubs[name])
+    if name == "triton":
+        monkeypatch.setattr(backend, "launcher", lambda name, backend, op: stubs[name])
     x_grad = x.clone().requires_grad_()
-    dy = torch.ones(2, 4)
+    dy = torch.ones(2, 8)
     ways = {
-        "no gradient": lambda f: lambda: f(x, (4,), w, w),
-        "forward": lambda f: lambda: f(x_grad, (4,), w, w),
-        "forward and backward": lambda f: lambda: torch.autograd.grad(f(x_grad, (4,), w, w), x_grad, dy),
+        "no gradient": lambda f: lambda: f(x, (8,), w, w),
+        "forward": lambda f: lambda: f(x_grad, (8,), w, w),
+        "forward and backward": lambda f: lambda: torch.autograd.grad(f(x_grad, (8,), w, w), x_grad, dy),
     }
     torch.use_deterministic_algorithms(False)  # its filling of fresh memory would be timed too
-    for (way, make), limit in zip(ways.items(), (6, 12, 6), strict=True):
-        with backend.use_backend("triton"):
+    with host_path.launches_left_out() as possible, backend.use_backend(name):
+        if name == "cuda" and not possible:
+            pytest.skip("needs the emulated build")
+        for (way, make), limit in zip(ways.items(), HOST_LIMITS[name], strict=True):
             best = {}
-            for f in (
-                functional.layer_norm,
-                F.layer_norm,
-            ) * 20:  # in turns, so that a busy machine meets both
-                best[f] = min(best.get(f, math.inf), timeit.timeit(make(f), number=60))
-        ours, torchs = best.values()
-        print(f"layer_norm, {way}: {ours / 60 * 1e6:.1f} us, {ours / torchs:.1f} times torch's")
-        record_property(way, round(ours / torchs, 2))
-        assert ours < limit * torchs, f"{way}: {ours / torchs:.1f} times torch's own, more than {limit}"
+            for f in (functional.layer_norm, F.layer_norm) * 20:  # in turns: a busy machine meets both
+                seconds = timeit.timeit(make(f), number=60, timer=time.thread_time)
+                best[f] = min(best.get(f, math.inf), seconds)
+            ours, torchs = best.values()
+            print(f"layer_norm, {way}: {ours / 60 * 1e6:.1f} us, {ours / torchs:.1f} times torch's")
+            record_property(way, round(ours / torchs, 2))
+            assert ours < limit * torchs, f"{way}: {ours / torchs:.1f} times torch's own, more than {limit}"

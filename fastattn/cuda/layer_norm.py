@@ -55,7 +55,7 @@ def _forward(x, residual, weight, bias, seed, eps, dropout_p, rms, keep_sum, kee
     if bias is not None:
         bias = bias.contiguous()
     _C.layer_norm_fwd(
-        x, residual, weight, bias, y, r if keep_sum else None, statistics if M else None, seed, eps, dropout_p, rms
+        x, residual, weight, bias, y, r if keep_sum else None, statistics if keep_statistics else None, seed, eps, dropout_p, rms
     )  # fmt: skip
     return y, r, statistics
 
