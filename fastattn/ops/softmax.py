@@ -42,7 +42,8 @@ def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dty
     dtype = _requested("scaled_masked_softmax", scores, None, out_dtype) or backend.autocast_dtype(
         WIDENED, scores
     )
-    chosen = backend.choose("scaled_masked_softmax", WHY_NOT, scores, mask, dtype, inductor_fuses=True)
+    N = scores.shape[-1]
+    chosen = backend.choose("scaled_masked_softmax", WHY_NOT, scores, mask, dtype, N=N, inductor_fuses=True)
     if chosen == "torch":
         return _torch_scaled_masked_softmax(scores, mask, scale, causal).to(dtype)
     scale, causal = float(scale), bool(causal)
@@ -56,7 +57,8 @@ def _softmax(name, x, dim, dtype, out_dtype, log):
         raise IndexError(f"{name}: dim is {dim}, x has {x.dim()} dims")
     requested = _requested(name, x, dtype, out_dtype)
     dtype = requested or backend.autocast_dtype(WIDENED, x)
-    chosen = backend.choose(name, WHY_NOT, x, None, dtype, inductor_fuses=True)
+    N = x.shape[dim] if x.dim() else 1
+    chosen = backend.choose(name, WHY_NOT, x, None, dtype, N=N, inductor_fuses=True)
     if chosen == "torch":
         return (torch.log_softmax if log else torch.softmax)(x, dim, dtype=requested)
     if x.dim() == 0:
