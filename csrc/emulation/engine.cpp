@@ -19,7 +19,9 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "emulation.h"
@@ -106,6 +108,14 @@ struct SharedVariable {
     size_t bytes;
 };
 
+#ifdef FASTATTN_RECORD
+// One instruction of a warp: by its address and how often its lanes have come there.
+struct Instruction {
+    bool write;
+    std::vector<std::pair<uintptr_t, size_t>> accesses;  // address and bytes, one for each lane that takes part
+};
+#endif
+
 struct Block {
     uint3 index;
     dim3 grid, dim;
@@ -131,6 +141,11 @@ struct Block {
     void *main_sp, *main_asan, *main_tsan;
     const void* main_stack;
     size_t main_stack_bytes;
+
+#ifdef FASTATTN_RECORD
+    std::map<std::tuple<int, const void*, int>, Instruction> instructions;
+    std::map<std::pair<int, const void*>, int> visits;  // of a thread to an instruction
+#endif
 
     uint64_t draw() {
         random ^= random << 13;
@@ -478,6 +493,63 @@ void run_block(Block& b, int64_t index) {
 // Mapping stacks takes milliseconds: blocks are kept.
 std::vector<std::unique_ptr<Block>> spare;
 
+#ifdef FASTATTN_RECORD
+struct Recorded : Traffic {
+    std::set<uintptr_t> read, written;  // sectors
+};
+std::map<const void*, Recorded> recorded;  // by kernel; guarded by mutex
+
+constexpr size_t kSector = 32, kBanks = 32, kWord = 4;
+
+void record(const void* instruction, bool write, const void* address, size_t bytes) {
+    if (!here) return;
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    const auto within = [&](const void* start, size_t size) { return at - reinterpret_cast<uintptr_t>(start) < size; };
+    // registers, parameters, indices
+    if (within(self()->stack, kStack) || within(block->arguments, kPage) || within(self(), sizeof(Fiber))) return;
+    for (size_t done = 0; done < bytes; done += 16) {
+        const int visit = block->visits[{self()->index, instruction}]++;
+        Instruction& i = block->instructions[{self()->warp, instruction, visit}];
+        i.write = write;
+        i.accesses.push_back({at + done, std::min<size_t>(16, bytes - done)});
+    }
+}
+
+void add_up(Recorded& sum, const Block& b) {
+    for (const auto& [_, i] : b.instructions) {
+        size_t bytes = 0;
+        for (const auto& [at, size] : i.accesses) bytes += size;
+        if (i.accesses[0].first - reinterpret_cast<uintptr_t>(b.shared) < kArena) {
+            // as many lanes at a time as together ask for 128 bytes; words of one bank are served one after the other
+            const size_t lanes = 128 / std::max<size_t>(kWord, i.accesses[0].second);
+            for (size_t first = 0; first < i.accesses.size(); first += lanes) {
+                std::map<size_t, std::set<uintptr_t>> words;  // by bank
+                for (size_t l = first; l < std::min(first + lanes, i.accesses.size()); l++)
+                    for (size_t w = 0; w < i.accesses[l].second; w += kWord) {
+                        const uintptr_t word = (i.accesses[l].first + w) / kWord;
+                        words[word % kBanks].insert(word);
+                    }
+                size_t most = 0;
+                for (const auto& [bank, of_bank] : words) most = std::max(most, of_bank.size());
+                sum.shared_passes++;
+                sum.shared_conflicts += most - 1;
+            }
+            continue;
+        }
+        std::set<uintptr_t> sectors, distinct;
+        for (const auto& [at, size] : i.accesses) {
+            distinct.insert(at);
+            for (uintptr_t s = at / kSector; s <= (at + size - 1) / kSector; s++) sectors.insert(s);
+        }
+        sum.sectors += sectors.size();
+        sum.least_sectors += (distinct.size() * i.accesses[0].second + kSector - 1) / kSector;
+        (i.write ? sum.written : sum.read).insert(sectors.begin(), sectors.end());
+    }
+}
+#else
+void record(const void*, bool, const void*, size_t) {}
+#endif
+
 std::unique_ptr<Block> take_block(int threads) {
     std::unique_ptr<Block> b;
     {
@@ -680,6 +752,8 @@ void copy_async(void* to, const void* from, size_t bytes, Place place) {
     const auto at = static_cast<unsigned char*>(to);
     if (at < block->shared || at + bytes > block->shared + kArena || (at - block->shared) % bytes)
         fail(place, "an asynchronous copy of %zu bytes to %p, which is no shared memory aligned to them", bytes, to);
+    record(__builtin_return_address(0), false, from, bytes);
+    record(__builtin_return_address(0), true, to, bytes);
     const bool now = block->order == FIFO || (block->order != REVERSE && block->draw() % 2);
     if (now) {
         memcpy(to, from, bytes);
@@ -731,6 +805,14 @@ int launch(const void* kernel, dim3 grid, dim3 dim, size_t smem, Body body, cons
         for (int64_t i; !failed && (i = next++) < blocks;) {
             b->failure.clear();
             run_block(*b, wanted == REVERSE || wanted == PCT ? blocks - 1 - i : i);
+#ifdef FASTATTN_RECORD
+            {
+                std::lock_guard<std::mutex> lock(mutex);
+                add_up(recorded[kernel], *b);
+            }
+            b->instructions.clear();
+            b->visits.clear();
+#endif
             if (b->failure.empty()) continue;
             std::lock_guard<std::mutex> lock(mutex);
             failed = true;
@@ -766,7 +848,40 @@ std::map<std::string, int64_t> launches() {
     return by_name;
 }
 
+#ifdef FASTATTN_RECORD
+std::map<std::string, Traffic> traffic() {
+    std::lock_guard<std::mutex> lock(mutex);
+    std::map<std::string, Traffic> by_name;
+    for (auto& [kernel, sum] : recorded) {
+        sum.sectors_read = sum.read.size();
+        sum.sectors_written = sum.written.size();
+        by_name[kernel_name(kernel)] = sum;
+    }
+    recorded.clear();
+    return by_name;
+}
+#endif
+
 }  // namespace emulation
+
+#ifdef FASTATTN_RECORD
+// With -fsanitize=thread the compiler calls these before each load and store of a kernel: TSAN's names, and not TSAN.
+extern "C" {
+#define FASTATTN_RECORD_SIZE(bytes)                                                                             \
+    void __tsan_read##bytes(void* at) { emulation::record(__builtin_return_address(0), false, at, bytes); }     \
+    void __tsan_write##bytes(void* at) { emulation::record(__builtin_return_address(0), true, at, bytes); }
+FASTATTN_RECORD_SIZE(1)
+FASTATTN_RECORD_SIZE(2)
+FASTATTN_RECORD_SIZE(4)
+FASTATTN_RECORD_SIZE(8)
+FASTATTN_RECORD_SIZE(16)
+void __tsan_read_range(void* at, size_t bytes) { emulation::record(__builtin_return_address(0), false, at, bytes); }
+void __tsan_write_range(void* at, size_t bytes) { emulation::record(__builtin_return_address(0), true, at, bytes); }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+}
+#endif
 
 // What launchers ask of the CUDA runtime.
 extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {

@@ -23,4 +23,12 @@ std::string last_error();
 // Launches by kernel, such as layer_norm_fwd_kernel<float, float, 4, 32, 2>, of this process.
 std::map<std::string, int64_t> launches();
 
+// What the warps of a kernel moved, since the last time it was asked: in a build with -fsanitize=thread -DFASTATTN_RECORD.
+struct Traffic {
+    int64_t sectors, least_sectors;         // of 32 bytes: by instruction, and what its bytes would fit into
+    int64_t sectors_read, sectors_written;  // different ones, of the whole launch
+    int64_t shared_passes, shared_conflicts;
+};
+std::map<std::string, Traffic> traffic();
+
 }  // namespace emulation

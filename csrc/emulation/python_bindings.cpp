@@ -13,4 +13,15 @@ void bind_emulation(py::module_& m) {
           py::arg("order"), py::arg("seed") = 1);
     m.def("launches", &emulation::launches);
     m.def("leave_out_launches", &emulation::leave_out_launches, py::arg("yes"));
+#ifdef FASTATTN_RECORD
+    m.def("traffic", [] {
+        py::dict by_kernel;
+        for (const auto& [name, t] : emulation::traffic())
+            by_kernel[name.c_str()] = py::dict(
+                py::arg("sectors") = t.sectors, py::arg("least_sectors") = t.least_sectors,
+                py::arg("sectors_read") = t.sectors_read, py::arg("sectors_written") = t.sectors_written,
+                py::arg("shared_passes") = t.shared_passes, py::arg("shared_conflicts") = t.shared_conflicts);
+        return by_kernel;
+    });
+#endif
 }

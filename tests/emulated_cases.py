@@ -1,0 +1,233 @@
+"""Calls of the row ops whose bounds, tails and strides a kernel must get right, on the CUDA backend with CPU tensors.
+
+    python tests/emulated_cases.py [--extension FILE.so] [--orders fifo,reverse,random,pct] [OP ...]
+
+runs them against an emulated extension, such as one built with a sanitizer, and fails at the first that is wrong: by the
+rule of fastattn/check.py in the first order, and by any other bit in the others.
+"""
+
+import argparse
+import collections
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import torch
+
+from fastattn import backend, cuda, functional
+from fastattn.check import compare, run
+from fastattn.check_cases import CASES, Case, Specification
+
+ORDERS = {
+    "fifo": (0, 1),
+    "reverse": (1, 1),
+    "random": (2, 1),
+    "random 2": (2, 2),
+    "pct": (3, 1),
+    "pct 2": (3, 2),
+}
+# rows and columns: tails of a vector, of a warp's share and of a block's; several rows to a block, the last one part empty
+SIZES = (
+    (5, 1),
+    (301, 7),
+    (301, 8),
+    (70, 9),
+    (301, 40),
+    (33, 200),
+    (5, 513),
+    (3, 1537),
+    (2, 5000),
+    (1, 33000),
+)
+LAYOUTS = {
+    "as is": (lambda M, N: (M, N), lambda x, M, N: x),
+    "unaligned": (lambda M, N: (M * N + 1,), lambda x, M, N: x[1:].view(M, N)),
+    "every second column": (lambda M, N: (M, 2 * N), lambda x, M, N: x[:, ::2]),
+    "wider rows": (lambda M, N: (M, N + 3), lambda x, M, N: x[:, :N]),
+    "transposed": (lambda M, N: (N, M), lambda x, M, N: x.t()),
+}
+
+
+def row(function, M, N, layout, others, call, dropout=False):
+    """A case: x (M, N) in a layout, and further inputs of the given shapes."""
+    shape, view = LAYOUTS[layout]
+    return Case(
+        function,
+        f"({M}, {N}) {layout}",
+        lambda: (torch.randn(shape(M, N)), *(torch.randn(o) for o in others)),
+        lambda f, x, *rest: call(f, view(x, M, N), *rest),
+        dropout,
+    )
+
+
+def norm(name, M, N, layout, **options):
+    weights = ((N,),) if "rms" in name else ((N,), (N,))
+    if not name.startswith("add_"):
+        return row(name, M, N, layout, weights, lambda f, x, *rest: getattr(f, name)(x, (N,), *rest))
+    return row(
+        name, M, N, layout, ((M, N), *weights),
+        lambda f, x, r, *rest: getattr(f, name)(x, r, (N,), *rest, **options), "dropout_p" in options,
+    )  # fmt: skip
+
+
+def positions(M, N, layout, table):
+    others = ((M + 2, N),) if table else ()
+    return row(
+        "add_positional_encoding", M, N, layout, others,
+        lambda f, x, *table: f.add_positional_encoding(x, *table, offset=2, scale=1.5, dropout_p=0.25), True,
+    )  # fmt: skip
+
+
+def lookups(M, N, norm):
+    def make():
+        ids, types = torch.randint(9, (2, M)), torch.randint(2, (2, M))
+        weights = (torch.randn(N), torch.randn(N)) if norm else (None, None)
+        return ids, torch.randn(9, N), torch.randn(M, N), types, torch.randn(2, N), *weights[: 2 * norm]
+
+    def call(f, ids, tokens, positions, types, type_table, weight=None, bias=None):
+        options = dict(
+            type_ids=types, type_table=type_table, norm_weight=weight, norm_bias=bias, padding_idx=0
+        )
+        return f.embeddings(ids, tokens, positions, dropout_p=0.1, **options)
+
+    return Case("embeddings", f"({M}, {N}){' norm' * norm}", make, call, True)
+
+
+def sized(M, N, layout):
+    yield row("softmax", M, N, layout, (), lambda f, x: f.softmax(x))
+    yield row("log_softmax", M, N, layout, (), lambda f, x: f.log_softmax(x))
+    yield row("softmax", M, N, layout, (), lambda f, x: f.softmax(x, 0))
+    if layout == "as is":
+        mask = torch.rand(1, 1, M, N) > 0.2
+        yield row(
+            "scaled_masked_softmax", M, N, layout, (),
+            lambda f, x: f.scaled_masked_softmax(x.view(1, 1, M, N), mask, 0.7, True),
+        )  # fmt: skip
+    yield norm("layer_norm", M, N, layout)
+    yield norm("rms_norm", M, N, layout)
+    yield norm("add_layer_norm", M, N, layout, prenorm=True, dropout_p=0.25)
+    yield norm("add_rms_norm", M, N, layout)
+    if N % 2 == 0:
+        yield positions(M, N, layout, False)
+    yield positions(M, N, layout, True)
+    if layout == "as is" and N < 2048:
+        yield lookups(M, N, False)
+        yield lookups(M, N, True)
+
+
+def cases(functions=()):
+    """Every case, the small ones first."""
+    torch.manual_seed(0)
+    found = [c for M, N in SIZES[:8] for c in sized(M, N, "as is")]
+    found += [
+        c
+        for M, N in ((4, 8), (3, 200), (2, 513))
+        for layout in list(LAYOUTS)[1:]
+        for c in sized(M, N, layout)
+    ]
+    found += [c for M, N in SIZES[8:] for c in sized(M, N, "as is")]
+    found += [dataclasses.replace(c, label=f"check: {c.label}") for c in CASES]
+    ours = ("softmax", "log_softmax", "scaled_masked_softmax", "layer_norm", "rms_norm", "add_layer_norm",
+            "add_rms_norm", "add_positional_encoding", "embeddings")  # fmt: skip
+    return [c for c in found if c.function in (functions or ours)]
+
+
+def inputs_of(case, dtype):
+    torch.manual_seed(0)
+    inputs = [t.to(dtype) if t.is_floating_point() else t for t in case.make()]
+    return [t.requires_grad_(t.is_floating_point()) for t in inputs]
+
+
+class Expectation:
+    """What a case has to give: the specification's outputs and gradients, and those of the best stock call."""
+
+    def __init__(self, case, dtype):
+        self.case, self.inputs = case, inputs_of(case, dtype)
+        exact = [t.detach().double() if t.is_floating_point() else t for t in self.inputs]
+        exact = [t.requires_grad_(t.is_floating_point()) for t in exact]
+        outputs = self.call(Specification, None, exact)
+        self.grads = [torch.randn(t.shape).to(dtype) for t in outputs]
+        self.exact = self.all_of(outputs, exact)
+        base = (Specification, None) if case.dropout else (functional, "torch")
+        self.base = self.all_of(self.call(*base, self.inputs), self.inputs)
+
+    def call(self, f, forced, inputs):
+        torch.manual_seed(1)
+        with backend.use_backend(forced):
+            outputs = self.case.call(f, *inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def all_of(self, outputs, inputs):
+        return [t for part in run(lambda *_: outputs, inputs, self.grads, {}) for t in part]
+
+    def ours(self):
+        return self.all_of(self.call(functional, "cuda", self.inputs), self.inputs)
+
+    def broken(self, ours):
+        """A sentence if ours break the rule, else None."""
+        rows = zip(ours, self.base, self.exact, strict=True)
+        found = (
+            compare(f"result {i}", torch.zeros_like(exact) if our is None else our, base, exact)
+            for i, (our, base, exact) in enumerate(rows)
+            if exact is not None
+        )
+        return next(filter(None, found), None)
+
+
+def same(a, b):
+    pairs = [(s, t) for s, t in zip(a, b, strict=True) if s is not None]
+    return all(torch.equal(s.nan_to_num(), t.nan_to_num()) for s, t in pairs)
+
+
+def wrong(expected, orders):
+    """The first thing that is wrong with a case, or None; "refused" is what the backend says of a call it cannot serve."""
+    module, first = cuda.extension("_C_emulated"), None
+    try:
+        for order in orders:
+            module.schedule(*order)
+            ours = expected.ours()
+            if first is None and (found := expected.broken(ours)):
+                return found
+            if first is not None and not same(ours, first):
+                return f"order {order} computes something else"
+            first = ours
+    except NotImplementedError:
+        return "refused"
+    except RuntimeError as e:
+        return str(e)
+    finally:
+        module.schedule(0)
+    return None
+
+
+def load(path):
+    """An emulated extension from a file of any folder, in place of the installed one."""
+    spec = importlib.util.spec_from_file_location("fastattn._C_emulated", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cuda.extension.cache_clear()
+    return module
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--extension", type=pathlib.Path)
+    parser.add_argument("--orders", default="fifo")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("functions", nargs="*")
+    asked = parser.parse_args()
+    if asked.extension:
+        load(asked.extension)
+    orders = [ORDERS[name] for name in asked.orders.split(",")]
+    said = collections.Counter()
+    for case in cases(asked.functions):
+        found = wrong(Expectation(case, getattr(torch, asked.dtype)), orders)
+        if found not in (None, "refused"):
+            raise SystemExit(f"{case.function} {case.label}: {found}")
+        said[found or "right"] += 1
+    print(f"{said['right']} cases right, {said['refused']} refused")
+
+
+if __name__ == "__main__":
+    main()
