@@ -1,4 +1,4 @@
-# make bench | test | gpu | matrix | lint        ARGS="..." is passed on
+# make bench | test | mutants | gpu | matrix | lint        ARGS="..." is passed on
 #
 # Where the Python at hand (PYTHON=..., default python3) has a torch, that one is used in place: the extension is
 # built into this folder and nothing is written into that Python. Elsewhere everything goes into .venv, from
@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 found = $(PY) -c "import $(1)" 2>/dev/null
 skip = echo "make $@: skipped, $(1)"
 
-.PHONY: bench test gpu matrix lint extension emulated
+.PHONY: bench test mutants gpu matrix lint extension emulated
 
 bench: extension
 	@if ! $(call found,typer); then $(call skip,$(PY) has no typer); \
@@ -30,6 +30,10 @@ test: emulated $(SECOND_TRITON)
 	@if ! $(call found,pytest); then $(call skip,$(PY) has no pytest); \
 	elif $(call found,xdist); then $(PYTEST) -n 2 $(ARGS); \
 	else echo "$(PY) has no pytest-xdist: one process"; $(PYTEST) $(ARGS); fi
+
+# Every spoilt line of the CUDA kernels, where make test takes a sample: half an hour.
+mutants: emulated
+	OMP_NUM_THREADS=1 $(PY) tests/mutants.py --jobs 2 $(ARGS)
 
 gpu: extension
 	@if ! $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(call skip,torch sees no GPU); \

@@ -232,17 +232,23 @@ def run(extension, tier, chosen, jobs):
     }  # fmt: skip
     statuses, running = {}, {}
 
+    def status(n, calls):
+        switch(n)
+        for expected, orders in calls:
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS[tier])  # ends a process that does not end
+            found = tests.wrong(expected, orders)
+            if found not in (None, "refused"):
+                return RULE if "is above" in found else ORDER if "something else" in found else ERROR
+        return 0
+
     def start(n, calls):
         pid = os.fork()
         if pid == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            switch(n)
-            for expected, orders in calls:
-                signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS[tier])  # ends a process that does not end
-                found = tests.wrong(expected, orders)
-                if found not in (None, "refused"):
-                    os._exit(RULE if "is above" in found else ORDER if "something else" in found else ERROR)
-            os._exit(0)
+            try:
+                os._exit(status(n, calls))
+            finally:
+                os._exit(ERROR)
         running[pid] = n
 
     def finish():

@@ -38,17 +38,28 @@ def test_another_bit_in_another_order_is_found(monkeypatch):
     assert "is above" in wrong(expected, orders)
 
 
-def sanitized(tmp_path, flags, libraries, *arguments, **env):
+def emulated_build(folder, flags):
+    """An extension built with `flags`, which the installed one is not."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        folder,
+        "--build-temp",
+        folder / "temp",
+    ]
+    env = {**os.environ, "FASTATTN_CUDA": "emulated", "CXXFLAGS": flags}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    (extension,) = folder.glob("fastattn/_C_emulated*")
+    return extension
+
+
+def sanitized(folder, flags, libraries, *arguments, **env):
     """Exit status and output of emulated_cases.py with an extension built with `flags`."""
-    folders = ("--build-lib", tmp_path, "--build-temp", tmp_path / "temp")
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", *folders],
-        cwd=ROOT,
-        env={**os.environ, "FASTATTN_CUDA": "emulated", "CXXFLAGS": flags},
-        check=True,
-        capture_output=True,
-    )
-    (extension,) = tmp_path.glob("fastattn/_C_emulated*")
+    extension = emulated_build(folder, flags)
     preload = [
         subprocess.check_output(["g++", f"-print-file-name={name}.so"], text=True).strip()
         for name in libraries
