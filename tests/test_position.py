@@ -224,29 +224,56 @@ def test_every_width(C, device):
         assert not check(ours, wanted, tables(C, dtype, device), baseline=stock)
 
 
+UNALIGNED = ("nothing", "everything", "x", "table", "dy", "token", "position", "type", "weight", "bias")
+
+
 @cuda_only
 def test_unaligned_tensors(device):
-    """Every tensor one element past an aligned address gives what its aligned copy gives, the order of sums aside."""
-
-    def shifted(t):
-        moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape)
-        return moved.copy_(t.detach()).requires_grad_(t.requires_grad)
-
+    """One tensor, or every one, an element past an aligned address changes nothing but the order of sums."""
     x, table, dy = randn(3, 5, 48, device=device), randn(9, 48, device=device), randn(3, 5, 48, device=device)
-    positions = ids(3, 5, rows=9, device=device)
-    rows, input_ids = tables(48, torch.bfloat16, device), ids(3, 5, rows=TABLES["V"], device=device)
+    given = dict(x=x, table=table, dy=dy, positions=ids(3, 5, rows=9, device=device))
+    names = ("token", "position", "type", "weight", "bias")
+    given |= dict(zip(names, tables(48, torch.float32, device), strict=True))
     ours, _ = seeded(add_positional_encoding, device)
-    embed, _ = seeded(embeddings, device)
+    embed, _ = seeded(with_ids(embeddings, ids(3, 5, rows=TABLES["V"], device=device)), device)
     runs = []
-    for move in (lambda t: t, shifted):
-        a, t, g = move(x), move(table), move(dy.detach())
-        y = ours(a, t, position_ids=move(positions), dropout_p=0.2)
-        placed = [move(r) for r in rows]
-        z = with_ids(embed, move(input_ids))(*placed, dropout_p=0.2)
-        dz = move(dy.detach().bfloat16())
-        runs.append((y, *torch.autograd.grad(y, (a, t), g), z, *torch.autograd.grad(z, placed, dz)))
-    for moved, still in zip(*runs, strict=True):
-        torch.testing.assert_close(moved, still)
+    for moved in UNALIGNED:
+        t = {name: shifted(t) if moved in (name, "everything") else t for name, t in given.items()}
+        rows = [t[name] for name in names]
+        y = ours(t["x"], t["table"], position_ids=t["positions"], dropout_p=0.2)
+        z, flat = embed(*rows, dropout_p=0.2), ours(t["x"], t["table"][:5], dropout_p=0.2)
+        runs.append((y, z, flat))
+        runs[-1] += torch.autograd.grad(y, (t["x"], t["table"]), t["dy"])
+        runs[-1] += torch.autograd.grad(flat, (t["x"], t["table"]), t["dy"])
+        runs[-1] += torch.autograd.grad(z, rows, t["dy"])
+    for run in runs[1:]:
+        for got, wanted in zip(run, runs[0], strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def shifted(t):
+    moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape)
+    return moved.copy_(t.detach()).requires_grad_(t.requires_grad)
+
+
+@cuda_only
+def test_rows_of_an_uneven_stride(device):
+    """Rows that begin between two vectors though the first one does not."""
+    wide, table = torch.randn(3, 5, 50, device=device), torch.randn(9, 50, device=device)
+    x, rows = wide[..., :48], table[:, :48]
+    for inputs in ((x, rows), (x, rows.contiguous()), (x.contiguous(), rows)):
+        assert torch.equal(add_positional_encoding(*inputs, offset=2), x + rows[2:7])
+    token = torch.randn(9, 50, device=device)[:, :48].requires_grad_()
+    input_ids = ids(3, 5, rows=9, device=device)
+    y = embeddings(input_ids, token, rows, norm_weight=torch.ones(48, device=device))
+    exact = reference.embeddings(
+        input_ids, token.double(), rows.double(), norm_weight=torch.ones(48, device=device).double()
+    )
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    for dy in (torch.randn(3, 5, 50, device=device)[..., :48], torch.randn(3, 5, 48, device=device)):
+        got = torch.autograd.grad(y, token, dy, retain_graph=True)[0]
+        wanted = torch.autograd.grad(exact, token, dy.double(), retain_graph=True)[0]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 def stock_embeddings(input_ids, token, position, *, type_table, norm_weight, norm_bias):
@@ -321,13 +348,16 @@ def test_every_table_has_a_dtype_of_its_own(device):
 
 @cuda_only
 @pytest.mark.parametrize("C", [33, 384, 2048, 8200])
-def test_a_large_mean_does_not_cancel(C, device):
+def test_a_large_mean_does_not_cancel(C, device, kernels):
     """Whole numbers around 2^20: every difference from the mean is exact, the mean's own rounding is what could remain."""
     token = (torch.randn(TABLES["V"], C, device=device) * 4).round() + 2**20
     weight, input_ids = torch.ones(C, device=device), ids(2, 3, rows=TABLES["V"], device=device)
     y = embeddings(input_ids, token, norm_weight=weight)
     exact = reference.embeddings(input_ids, token.double(), norm_weight=weight.double())
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    arguments = (input_ids, None, None, token, None, None, weight, None, None, 1e-12, 0.0)
+    mean = kernels.embeddings_fwd(*arguments)[1].double()
+    assert (mean - token[input_ids].double().mean(-1).view(-1)).abs().max() <= 2**-4  # half a unit of 2^20
 
 
 def test_a_table_without_gradient_costs_nothing(device):
