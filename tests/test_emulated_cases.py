@@ -85,6 +85,6 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
 
 def test_thread_sanitizer(tmp_path):
     """Threads of a block that touch the same shared memory, one of them writing, have a barrier in between."""
-    arguments = ("--dtype", "bfloat16", "--orders", "reverse")
+    arguments = ("--dtype", "bfloat16", "--orders", "reverse", "--plain")
     code, text = sanitized(tmp_path, "-fsanitize=thread", ("libtsan", "libubsan"), *arguments)
     assert code == 0 and "cases right" in text and "data race" not in text, text[-4000:]
