@@ -224,7 +224,8 @@ struct Columns {
     __device__ int step() const { return lanes * kVec; }
     // How many columns from `first` on are below `end`: i * step() is compared with it.
     __device__ int below(int64_t end, int64_t first) const {
-        return static_cast<int>(min(min(end, head + vectors * kVec) - first, int64_t{INT32_MAX}));
+        const int64_t most = min(end, head + vectors * kVec) - first;
+        return static_cast<int>(max(int64_t{0}, min(most, int64_t{INT32_MAX})));
     }
 };
 

@@ -58,13 +58,26 @@ def test_values_and_gradients(fused, shape, dim, log, dtype):
 def test_any_row_length_anywhere(fused, N, offset):
     mask = torch.rand(3 * N + offset)[offset:].view(3, N) > 0.3
     for dtype in DTYPES if N < 3000 else DTYPES[2:]:
-        x = (3 * torch.randn(3 * N + offset)).to(dtype)[offset:].view(3, N).requires_grad_()
+        x = (3 * torch.randn(3 * N + offset)).to(dtype)[offset:].view(3, N)
+        x.requires_grad_()
         for ours, wanted, options in (
             (softmax, reference.softmax, {}),
             (log_softmax, reference.log_softmax, {}),
             (scaled_masked_softmax, reference.scaled_masked_softmax, {"mask": mask, "scale": 0.8}),
         ):
             assert not check(forced(ours, fused), wanted, (x,), options=options)
+
+
+@pytest.mark.parametrize("N", [131, 1031, 9001])
+@pytest.mark.parametrize("fused", ["cuda"], indirect=True)
+def test_the_maximum_may_be_anywhere(fused, N):
+    """exp of it overflows where a thread does not know of it."""
+    places = [*range(9), N // 2, *range(N - 9, N)]
+    x = torch.randn(len(places), N)
+    rows = torch.arange(len(places))
+    x[rows, places] = 200.0
+    assert torch.equal(forced(softmax, fused)(x)[rows, places], torch.ones(len(places)))
+    assert not forced(log_softmax, fused)(x)[rows, places].any()
 
 
 @pytest.mark.parametrize("N", [300, 1030])
@@ -202,6 +215,15 @@ def test_dtype_is_torchs(fused, from_dtype, to_dtype):
         in_dtype = functools.partial(stock, dim=-1, dtype=to_dtype)
         wanted = functools.partial(stock, dim=-1)
         assert not check(lambda t, f=ours: forced(f, fused)(t, -1, to_dtype), wanted, (x,), baseline=in_dtype)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_x_is_rounded_to_the_dtype_of_the_result_first(fused, dim):
+    x = 256 + torch.arange(24.0).view(4, 6)  # bfloat16 has every second of them
+    for ours, stock in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
+        torch.testing.assert_close(
+            forced(ours, fused)(x, dim, torch.bfloat16), stock(x, dim, dtype=torch.bfloat16)
+        )
 
 
 def test_the_launchers_behind_torch_ops(fused):
