@@ -482,7 +482,8 @@ struct Across {
         column = ((blockIdx.x - outer * blocks) * lanes + lane) * kVec;
         place.a = outer / sizes.B, place.b = outer % sizes.B, place.m = column;
     }
-    // Folds v over all ways.
+    // Folds v over all ways. Every Op has an sPart of its own, so that nobody waits for the readers of another one's; a
+    // kernel may fold once with each.
     template <typename Op>
     __device__ void reduce(float (&v)[kVec], Op op) const {
         for (int step = lanes; step < 32; step *= 2)
@@ -492,7 +493,6 @@ struct Across {
         if (warps < 2) return;
         SMEM_ARRAY(float, sPart, [kAcrossThreads * kVec]);
         const int warp = threadIdx.x / max(32, lanes);
-        __syncthreads();  // the last reduction's readers are done
         if (lanes >= 32 || threadIdx.x % 32 < lanes)
 #pragma unroll
             for (int j = 0; j < kVec; j++) sPart[(warp * kVec + j) * lanes + lane] = v[j];
