@@ -277,7 +277,7 @@ __device__ void store_gradient(const LayerNormBwd& a, const RowDropoutKey& dropo
     if (a.dresidual) store_either<T>(a.dresidual, a.r_wide, m * a.N + n, v);
     if (!a.dx) return;
     if (a.dropout.seed) drop(dropout, m, n, v);
-    store<kVec>(static_cast<T*>(a.dx) + m * a.N + n, v);
+    store_global<kVec>(static_cast<T*>(a.dx) + m * a.N + n, v);
 }
 
 // Rows on their way: `stages` of them for each group of threads, each of `vectors` vectors of dy, r and, if given, dr for

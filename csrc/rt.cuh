@@ -64,6 +64,21 @@ __device__ void store(T* to, const float (&from)[kVec]) {
     *reinterpret_cast<Vec<T, kVec>*>(to) = vec;
 }
 
+// As store, to global memory: 16 bytes by one instruction, which the compiler takes apart in places.
+template <int kVec, typename T>
+__device__ void store_global(T* to, const float (&from)[kVec]) {
+    Vec<T, kVec> vec;
+    if constexpr (sizeof vec % 16 != 0) {
+        store<kVec>(to, from);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVec; i++) vec.at[i] = from_float<T>(from[i]);
+#pragma unroll
+        for (int i = 0; i < int(sizeof vec / 16); i++)
+            __stwb(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&vec)[i]);
+    }
+}
+
 // As load and store, at element `at` of an array of T or, where `wide`, of float: the dtype of what stands beside x. A
 // branch around whole loops of them keeps the loads of one loop in flight together.
 template <typename T, int kVec>
@@ -77,9 +92,9 @@ __device__ void load_either(const void* from, bool wide, int64_t at, float (&to)
 template <typename T, int kVec>
 __device__ void store_either(void* to, bool wide, int64_t at, const float (&from)[kVec]) {
     if (wide)
-        store<kVec>(static_cast<float*>(to) + at, from);
+        store_global<kVec>(static_cast<float*>(to) + at, from);
     else
-        store<kVec>(static_cast<T*>(to) + at, from);
+        store_global<kVec>(static_cast<T*>(to) + at, from);
 }
 
 // Folds each of kCount values over groups of kThreads neighbouring threads: a power of two up to a warp, or else the

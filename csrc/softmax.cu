@@ -5,7 +5,7 @@
 //
 // The dim is N; the others merge into (A, B, M) by the strides of all tensors together. Where N is contiguous, up to a
 // warp owns a row of up to 3072 columns (1024 in backward) and a block a longer one, in registers up to 8192 (4096).
-// Longer rows are walked in chunks, twice: the second time backwards, from the chunk that is still in registers (18432
+// Longer rows are walked in chunks, twice: the second time backwards, from the chunk that is still in registers (15360
 // columns of 16 bits) and then from the L2. Rows move in 16-byte vectors even where they start between two of them, as
 // rows of an odd N do: each lane also has at most one of the up to 14 elements before the first and after the last
 // whole vector. Where N is not contiguous, M is the dim along which memory is: a thread owns the columns of one vector
@@ -16,7 +16,7 @@
 // Bytes: forward reads x once and writes y once, backward reads dy and y and writes dx; of long rows what is not in
 // registers is read again, from the L2. Forward has about 13 instructions and one exp2 for 4 bytes of 16-bit tensors,
 // half of what an H200 issues while its memory moves them, and two exp2 in rows that are walked twice: memory bounds
-// it. Predicted are 93 % of a copy's rate for N from 256 to 18432, less where a shorter row leaves lanes idle and where
+// it. Predicted are 93 % of a copy's rate for N from 256 to 15360, less where a shorter row leaves lanes idle and where
 // a longer one asks the L2 for up to half as much again. Nothing has run on a GPU yet.
 // All arithmetic is fp32 but for the sums behind fp32 results, which are fp64; sums have a fixed order.
 // Online maximum and sum: Milakov and Gimelshein, arXiv 1805.02867.
@@ -96,13 +96,13 @@ __device__ void put(void* to, int dtype, int64_t at, const float (&v)[kVec]) {
     if constexpr (std::is_same_v<T, Any>)
         store_any(to, dtype, at, v[0]);
     else if (kWiden && dtype == kFloat32)
-        store<kVec>(static_cast<float*>(to) + at, v);
+        store_global<kVec>(static_cast<float*>(to) + at, v);
     else if (!kWiden && std::is_same_v<T, float> && dtype == kFloat16)
-        store<kVec>(static_cast<__half*>(to) + at, v);
+        store_global<kVec>(static_cast<__half*>(to) + at, v);
     else if (!kWiden && std::is_same_v<T, float> && dtype == kBFloat16)
-        store<kVec>(static_cast<__nv_bfloat16*>(to) + at, v);
+        store_global<kVec>(static_cast<__nv_bfloat16*>(to) + at, v);
     else
-        store<kVec>(static_cast<T*>(to) + at, v);
+        store_global<kVec>(static_cast<T*>(to) + at, v);
 }
 
 // Bit j: whether byte j is not 0.
@@ -232,7 +232,8 @@ struct Columns {
 constexpr int kUpToWarp = 1;     // as kThreads: a power of two up to 32 threads a row, known at run time
 constexpr int kWarpBlock = 128;  // threads of a block whose rows have at most a warp each
 constexpr int kLong = 384;       // threads a row that is read in chunks, so many that two blocks still fit on an SM
-constexpr int kKept = kLong * 6 * 16;  // bytes of such a row that its block keeps
+constexpr int kKept = kLong * 5 * 16;      // bytes of such a row that its block keeps
+constexpr int kKeptTwice = kLong * 3 * 16;  // of two tensors, in backward
 
 // Folds v over the threads of a row.
 template <int kThreads, typename V, typename Op>
@@ -674,7 +675,7 @@ const Variant<BackwardKernel> kBackward[] = {
     {256, rows_bwd<T, kUpToWarp, 256>, kUpToWarp},
     {1024, rows_bwd<T, 32, 1024>, 32},
     {4096, rows_bwd<T, 256, 4096>, 256},
-    {kEndless, rows_bwd<T, kLong, kKept / 2 / sizeof(T), true>, kLong},
+    {kEndless, rows_bwd<T, kLong, kKeptTwice / sizeof(T), true>, kLong},
 };
 const Variant<BackwardKernel> kBackwardAny[] = {
     {256, rows_bwd<Any, kUpToWarp, 256>, kUpToWarp},

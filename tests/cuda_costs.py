@@ -198,13 +198,10 @@ def elements(kernel):
 
 
 def vectors(kernel):
-    """Whether a kernel's template arguments say that it moves 16-byte vectors."""
+    """Whether a kernel's template arguments say that it moves 16-byte vectors of T; the sums of layer_norm are single numbers."""
     found = re.match(r"\w+<(float|__half|__nv_bfloat16), (\d+)\b", kernel)
-    return (
-        bool(found)
-        and WIDTH[found[1]] * int(found[2]) == 16
-        and not kernel.startswith("layer_norm_bwd_kernel")
-    )
+    whole = bool(found) and WIDTH[found[1]] * int(found[2]) == 16
+    return whole and not kernel.startswith(("layer_norm_bwd_kernel", "layer_norm_bwd_sums_kernel"))
 
 
 def census_table(report):
