@@ -13,6 +13,7 @@ import concurrent.futures
 import fcntl
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -161,8 +162,10 @@ def cached(source, arch):
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256(f"{version} {nvdisasm()} {source.name} {arch}".encode())
     headers = [*sorted((ROOT / "csrc").glob("*.cuh")), ROOT / "csrc/launchers.h"]
-    for path in [pathlib.Path(__file__), pathlib.Path(model.__file__), source, *headers]:
+    for path in [pathlib.Path(model.__file__), source, *headers]:
         digest.update(path.read_bytes())
+    for function in (one, compile_device, complaints, resources, census):
+        digest.update(inspect.getsource(function).encode())
     file = ROOT / ".pytest_cache" / f"cuda-{digest.hexdigest()[:16]}.json"
     file.parent.mkdir(exist_ok=True)
     with open(file.with_suffix(".lock"), "w") as lock:
