@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastattn import backend, cli, functional
+from fastattn import backend, cli, cuda, functional
 from fastattn.benchmarks import (
     bench_gpt,
     bench_layer_norm,
@@ -213,6 +213,7 @@ def stand_in_gpu(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(cuda, "not_emulated", lambda: "no extension where nothing is real")
     monkeypatch.setattr(timing, "is_gpu", lambda device: True)
     monkeypatch.setattr(timing, "L2_FLUSH_BYTES", 1 << 12)
     monkeypatch.setattr(timing, "GRAPH_CALLS", 3)
