@@ -214,6 +214,7 @@ def stand_in_gpu(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(cuda, "not_emulated", lambda: "no extension where nothing is real")
+    monkeypatch.setattr(cuda, "ready", lambda t: None)
     monkeypatch.setattr(timing, "is_gpu", lambda device: True)
     monkeypatch.setattr(timing, "L2_FLUSH_BYTES", 1 << 12)
     monkeypatch.setattr(timing, "GRAPH_CALLS", 3)
