@@ -98,7 +98,6 @@ PLANTED = [
     ("softmax", "walked sum not rescaled", "denom * tl.exp(m - finite) +", "denom +", wide_softmax),
     ("softmax", "gradient without its sum", "y * (dy - total[:, None])", "y * dy", soft),
     ("linear_cross_entropy", "sum not rescaled", "denom * tl.exp(top - new_top) +", "denom +", head),
-    ("linear_cross_entropy", "padding counted", "loaded & (offs_n < V), s", "loaded, s", head),
     ("linear_cross_entropy", "gradient of softcap forgotten", "dloss * dz * slope", "dloss * dz", head),
     ("linear_cross_entropy", "ignored targets counted", "target != ignore_index", "target == target", head),
     ("position", "sine for cosine", "odd = (quarter & 1) != 0", "odd = (quarter & 1) == 0", sinusoids),
