@@ -42,7 +42,12 @@ def gpt2(tmp_path_factory):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()], vocab_size=400, show_progress=False)
+    tokenizer.train_from_iterator(
+        [(ROOT / "README.md").read_text()],
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<|endoftext|>"],
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
     config = transformers.GPT2Config(
