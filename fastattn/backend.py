@@ -41,6 +41,9 @@ ROWS = (
 )
 
 calls: collections.Counter = collections.Counter()  # (op, backend) -> eager calls in this process
+why_torch: collections.Counter = (
+    collections.Counter()
+)  # (op, reason) -> those of them that stock torch served
 debug = False  # True also checks ids, lengths and offsets that lie on a GPU, which synchronises
 
 
@@ -70,7 +73,11 @@ def use_backend(name):
         _forced = previous
 
 
-def choose(op, why_not, *args, N=None, elements=None, inductor_fuses=False):
+ON_A_CPU = "CPU tensors take stock torch unless use_backend asks for another"
+FORCED = "use_backend asked for it"
+
+
+def choose(op, why_not, *args, N=None, elements=None, inductor_fuses=False, on_a_cpu=ON_A_CPU):
     """The backend for this call. `why_not` maps "cuda" and "triton" to functions of `args` that give a sentence or None.
 
     `args[0]` is a tensor and says the device and, where the row length N is given, dtype and, unless `elements` does, size
@@ -85,14 +92,21 @@ def choose(op, why_not, *args, N=None, elements=None, inductor_fuses=False):
         reason = why_not[forced](*args) if forced in why_not else _not_written(op, forced)
         if reason is not None:
             raise NotImplementedError(f"{op}: backend {forced!r} was asked for and refuses: {reason}")
-        chosen = forced
+        chosen, reason = forced, FORCED
     elif args[0].is_cpu or (inductor_fuses and torch.compiler.is_compiling()):
-        chosen = "torch"
+        chosen, reason = "torch", on_a_cpu
     else:
-        chosen = _first_willing(op, why_not, args, _order(op, args[0], N, elements))
+        chosen, reason = _first_willing(op, why_not, args, _order(op, args[0], N, elements))
     if not torch.compiler.is_compiling():
         calls[op, chosen] += 1
+        if chosen == "torch":
+            why_torch[op, reason] += 1
     return chosen
+
+
+def leave_to_torch(op, reason, x):
+    """`choose` for a call with x that no fused backend can serve, all for one reason, which is the one counted on a CPU too."""
+    choose(op, dict.fromkeys(("cuda", "triton"), lambda *_: reason), x, on_a_cpu=reason)
 
 
 def certain(name, op, x):
@@ -129,6 +143,7 @@ def stock_only(op, t):
     certain = not _explaining and (_forced == "torch" or (_forced is None and t.is_cpu))
     if certain and not torch.compiler.is_compiling():
         calls[op, "torch"] += 1
+        why_torch[op, FORCED if _forced else ON_A_CPU] += 1
     return certain
 
 
@@ -161,10 +176,11 @@ def _first_willing(op, why_not, args, order):
         reasons[name] = _refusal(op, name, why_not, args)
         if reasons[name] is None:
             break
-    if name == "torch" and not torch.compiler.is_compiling():
-        text = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items() if reason)
-        warnings.warn(f"{op} runs on stock torch ({text})", FallbackWarning, stacklevel=4)
-    return name
+    if name != "torch" or torch.compiler.is_compiling():
+        return name, None
+    text = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items() if reason)
+    warnings.warn(f"{op} runs on stock torch ({text})", FallbackWarning, stacklevel=4)
+    return name, text
 
 
 def _refusal(op, name, why_not, args):
@@ -175,7 +191,7 @@ def _refusal(op, name, why_not, args):
         return _not_written(op, name)
     reason = why_not[name](*args)
     if reason is None and args[0].is_cpu:
-        return "CPU tensors take stock torch unless use_backend asks for this one"
+        return ON_A_CPU
     return unproven(op, name, args[0].device) if reason is None else reason
 
 

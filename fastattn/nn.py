@@ -20,41 +20,51 @@ SOFTMAX_WIDENED = backend.autocast_devices("softmax.int")
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm on functional.layer_norm. Left to torch: nested tensors."""
 
+    out_dtype = None  # here and below, as the function's: "input" keeps the input's dtype under autocast
+
     def forward(self, input):
         if input.is_nested:
-            _leave_to_torch(self, "nested tensors take torch's own kernels", input)
+            backend.leave_to_torch(type(self).__name__, "nested tensors take torch's own kernels", input)
             return super().forward(input)
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return functional.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, out_dtype=self.out_dtype
+        )
 
 
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm on functional.rms_norm. Left to torch: nested tensors."""
 
+    out_dtype = None
+
     def forward(self, x):
         if x.is_nested:
-            _leave_to_torch(self, "nested tensors take torch's own kernels", x)
+            backend.leave_to_torch(type(self).__name__, "nested tensors take torch's own kernels", x)
             return super().forward(x)
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, out_dtype=self.out_dtype)
 
 
 class Softmax(nn.Softmax):
     """torch.nn.Softmax on functional.softmax. Left to torch: nested tensors, and dim=None, which it deprecates and guesses."""
 
+    out_dtype = None
+
     def forward(self, input):
         if reason := _softmax_why_not(self, input):
-            _leave_to_torch(self, reason, input)
+            backend.leave_to_torch(type(self).__name__, reason, input)
             return super().forward(input)
-        return functional.softmax(input, self.dim)
+        return functional.softmax(input, self.dim, out_dtype=self.out_dtype)
 
 
 class LogSoftmax(nn.LogSoftmax):
     """torch.nn.LogSoftmax on functional.log_softmax. Left to torch: what Softmax leaves to it."""
 
+    out_dtype = None
+
     def forward(self, input):
         if reason := _softmax_why_not(self, input):
-            _leave_to_torch(self, reason, input)
+            backend.leave_to_torch(type(self).__name__, reason, input)
             return super().forward(input)
-        return functional.log_softmax(input, self.dim)
+        return functional.log_softmax(input, self.dim, out_dtype=self.out_dtype)
 
 
 def _softmax_why_not(module, input):
@@ -86,7 +96,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights=True, is_causal=False):  # fmt: skip
         reason = self._why_not(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if reason is not None:
-            _leave_to_torch(self, reason, query)
+            backend.leave_to_torch(type(self).__name__, reason, query)
             return super().forward(
                 query,
                 key,
@@ -221,7 +231,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         if src.is_nested:
-            _leave_to_torch(self, "nested tensors take torch's own kernels", src)
+            backend.leave_to_torch(type(self).__name__, "nested tensors take torch's own kernels", src)
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x):
@@ -256,7 +266,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask, is_causal=memory_is_causal
         )
         if tgt.is_nested or memory.is_nested:
-            _leave_to_torch(self, "nested tensors take torch's own kernels", tgt)
+            backend.leave_to_torch(type(self).__name__, "nested tensors take torch's own kernels", tgt)
             return super().forward(
                 tgt,
                 memory,
@@ -326,7 +336,9 @@ def _add_norm(x, residual, dropout, norm, prenorm=False):
     if plain and (x.dtype == residual.dtype or not x.is_cpu):
         p = dropout.p if dropout.training else 0.0
         affine = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return functional.add_layer_norm(x, residual, *affine, dropout_p=p, prenorm=prenorm)
+        return functional.add_layer_norm(
+            x, residual, *affine, dropout_p=p, prenorm=prenorm, out_dtype=norm.out_dtype
+        )
     total = residual + dropout(x)
     return (norm(total), total) if prenorm else norm(total)
 
@@ -338,12 +350,6 @@ def _has_hooks(module):
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def _leave_to_torch(module, reason, x):
-    """Records that torch's own forward serves this call, as an op does that every fused backend refused."""
-    name = type(module).__name__
-    backend.choose(name, dict.fromkeys(("cuda", "triton"), lambda *_: reason), x)
 
 
 class SinusoidalPositionalEncoding(nn.Module):
