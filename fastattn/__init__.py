@@ -3,6 +3,7 @@
 from fastattn import functional, nn
 from fastattn.backend import explain, use_backend
 from fastattn.cuda import warmup
+from fastattn.swap import Report, patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["explain", "functional", "nn", "use_backend", "warmup"]
+__all__ = ["Report", "explain", "functional", "nn", "patch", "unpatch", "use_backend", "warmup"]
