@@ -126,6 +126,20 @@ def test_published_sizes(size, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
+def test_flops_are_those_of_the_products():
+    """Three times what torch counts of a forward's linear layers, and attention's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny("BERTForPreTraining")
+    labels = torch.where(torch.arange(20) < 3, 5, -100)[None]  # 0.15 of the tokens
+    with FlopCounterMode(display=False) as counter, fastattn.use_backend("torch"):
+        model(ids((1, 20)), labels=labels)
+    counted = counter.get_flop_counts()["Global"].items()
+    products = sum(n for op, n in counted if op.__name__ in ("mm", "addmm")) / 20
+    assert model.flops_per_token(20) == pytest.approx(3 * products + 2 * 12 * 32 * 20)
+    assert model.flops_per_token() > model.flops_per_token(20)
+
+
 def test_initial_values():
     model = bert.BERTForPreTraining(BERTConfig(**SIZES["tiny"]))
     for name, p in model.named_parameters():

@@ -439,7 +439,7 @@ def test_sequence_classification_is_transformers(padding, hf, tmp_path):
     theirs = hf_gpt2(hf, "GPT2ForSequenceClassification", num_labels=3, pad_token_id=0)
     theirs.save_pretrained(tmp_path)
     ours = GPTForSequenceClassification.from_pretrained(tmp_path)
-    assert ours.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert ours.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     tokens, labels = ids(B=3, T=12).clamp(min=1), torch.tensor([0, 2, 1])
     padded = torch.arange(12) < torch.tensor([[0], [4], [11]])
     padded = padded if padding == "left" else padded.flip(1)
@@ -470,7 +470,7 @@ def test_classifier_losses_and_new_heads(hf):
     labels = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     several = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
     torch.testing.assert_close(model(tokens, labels)[1], several)
-    one = GPTForSequenceClassification(GPTConfig(**TINY, labels=("score",)))
+    one = GPTForSequenceClassification(GPTConfig(**TINY, num_labels=1))
     scores, loss = one(tokens, torch.tensor([1.0, 2.0, 3.0]))
     torch.testing.assert_close(loss, (scores[:, 0] - torch.tensor([1.0, 2.0, 3.0])).square().mean())
     classifier = GPTForSequenceClassification(GPTConfig(**TINY))

@@ -11,6 +11,7 @@ from fastattn import backend, reference, use_backend
 from fastattn.check import check
 from fastattn.functional import linear_cross_entropy
 from fastattn.kernels import chunks
+from fastattn.kernels.linear_cross_entropy import _rows as linear_cross_entropy_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "torch")
@@ -120,6 +121,20 @@ def test_an_ignored_token_may_hold_anything(name, small_chunks):
     loss, expected = (forced(name)(h, weight.detach(), bias, targets) for h in (dirty, clean))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(o, h)[0] for o, h in ((loss, dirty), (expected, clean))))
+
+
+@pytest.mark.parametrize("V", [5, 1025, 8200])
+def test_padding_of_a_row_of_logits_does_not_count(V):
+    """A GPU's buffer is not zeroed: whatever lies between a row's last logit and the next row's first stays out of both."""
+    buffer = torch.full((4, (V + 15) // 16 * 16), math.inf)
+    logits, targets = buffer[:, :V], torch.randint(V, (4,))
+    logits.copy_(torch.randn(4, V))
+    z = logits.clone().requires_grad_()
+    expected = F.cross_entropy(z, targets, reduction="none")
+    losses = torch.empty(4)
+    linear_cross_entropy_rows(logits, targets, None, losses, -100, 0.0, True)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(logits, torch.autograd.grad(expected.sum(), z)[0])
 
 
 @pytest.mark.parametrize("name", BACKENDS)

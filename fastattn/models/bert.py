@@ -27,7 +27,7 @@ from torch.nn.functional import (
 )
 
 from fastattn import functional as F
-from fastattn.models import checkpoint
+from fastattn.models import checkpoint, training
 from fastattn.nn import Embeddings, LayerNorm
 
 SIZES = {
@@ -461,6 +461,30 @@ class BERTForPreTraining(Task):
         if next_sentence_label is not None:
             loss = (0.0 if loss is None else loss) + mean_cross_entropy(logits_B2, next_sentence_label)
         return (logits, logits_B2), loss
+
+    def flops_per_token(self, T=None, predicted=0.15):
+        """Floating-point operations of training on one token of a sequence of T (all positions by default).
+
+        6 for each weight of a product and 12 C for each of the T keys; the token head's count for the `predicted` share of
+        the tokens, the pooler's and the next-sentence head's for one token in T. Embeddings are no product.
+        """
+        config, T = self.config, T or self.config.max_position_embeddings
+
+        def weights(module):
+            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+        words = weights(self.cls["predictions"]) + self.bert.embeddings.word_embeddings.weight.numel()
+        once = weights(self.bert.pooler) + weights(self.cls["seq_relationship"])
+        products = weights(self.bert.encoder) + predicted * words + once / T
+        return 6 * products + 12 * config.hidden_size * T * config.num_hidden_layers
+
+    def mfu(self, tokens_per_second, T=None, devices=1):
+        """Share of the peak of `devices` GPUs like this model's; None, to be printed as n/a, for one whose peak is not known.
+
+        Tokens are those that are not padding. Sequences shorter than T are counted as if T long in attention.
+        """
+        device = self.bert.embeddings.word_embeddings.weight.device
+        return training.mfu(self.flops_per_token(T), tokens_per_second, device, devices)
 
 
 class BERTForSequenceClassification(Task):

@@ -60,7 +60,8 @@ class GPTConfig:
     scale_attn_by_inverse_layer_idx: bool = False  # and by 1 / (layer + 1)
     eos_token_id: int | None = None
     pad_token_id: int | None = None
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # what a classifier's outputs mean
+    num_labels: int = 2  # a classifier's outputs
+    id2label: dict[int, str] | None = None  # what they mean; not kept where num_labels is another count
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -70,7 +71,8 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, needs one of {allowed}")
         if self.local_window is not None and self.local_window < 1:
             raise ValueError(f"GPTConfig: local_window is {self.local_window}, needs at least 1 key")
-        self.labels = tuple(self.labels)
+        if self.id2label is None or len(self.id2label) != self.num_labels:
+            self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
 
     def window(self, layer):
         """attention's window of a layer."""
@@ -305,7 +307,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, *, device=None, dtype=torch.float32, **overrides):
         """The model of a checkpoint folder (config.json, safetensors) or of a transformers model, in evaluation mode.
 
-        overrides: fields of GPTConfig, e.g. dropout=0.0 or labels=("bad", "good"); num_labels=3 gives three without names.
+        overrides: fields of GPTConfig, e.g. dropout=0.0 or num_labels=3.
         GPT-2's parameter names, with or without "transformer.", and GPT-1's are known. A classifier's head that the checkpoint
         lacks starts anew, with a warning. Anything else that does not fit raises CheckpointError, as does a file that
         cannot be read.
@@ -314,8 +316,6 @@ class GPT(nn.Module):
             config, state = source.config.to_dict(), source.state_dict()
         else:
             config, state = read(source)
-        if "num_labels" in overrides:
-            overrides["labels"] = tuple(f"LABEL_{i}" for i in range(overrides.pop("num_labels")))
         config = config_from(config, **overrides)
         with torch.device("meta"):
             model = cls(config).to(dtype)
@@ -348,13 +348,13 @@ class GPT(nn.Module):
 
 
 class GPTForSequenceClassification(GPT):
-    """GPT with a linear layer, without bias, on the last token that is not padding; len(config.labels) outputs."""
+    """GPT with a linear layer, without bias, on the last token that is not padding; num_labels outputs."""
 
     _dropped = ()
 
     def __init__(self, config):
         super().__init__(config)
-        self.score = nn.Linear(config.n_embd, len(config.labels), bias=False)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
         self._init_weights(self.score)
 
     def forward(self, input_ids, labels=None, *, attention_mask=None, **where):
@@ -438,13 +438,16 @@ def config_from(stored, **overrides):
         ):  # GPT-2's own stays behind where a vocabulary was replaced
             if found.get(name) is not None and found[name] >= found.get("vocab_size", GPTConfig.vocab_size):
                 found[name] = None
-        if "id2label" in stored:
-            found["labels"] = tuple(stored["id2label"][i] for i in sorted(stored["id2label"], key=int))
     else:
         raise CheckpointError(f"model_type is {kind!r}, needs one of {', '.join((*HEADS, OURS))}")
     try:
+        if stored.get("id2label"):
+            found["id2label"] = {
+                int(i): label for i, label in stored["id2label"].items()
+            }  # JSON's keys are text
+            found["num_labels"] = len(found["id2label"])
         return GPTConfig(**found | overrides)
-    except (TypeError, ValueError) as e:
+    except (AttributeError, TypeError, ValueError) as e:
         raise CheckpointError(f"config.json: {e}") from e
 
 
@@ -485,7 +488,7 @@ def config_for_transformers(model):
         found["activation_function"] = "gelu_new" if config.gelu == "tanh" else "gelu"
         found["bos_token_id"] = config.eos_token_id  # GPT-2 has one token for both
     if classifier:
-        found["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
-        found["label2id"] = {label: i for i, label in enumerate(config.labels)}
+        found["id2label"] = config.id2label
+        found["label2id"] = {label: i for i, label in config.id2label.items()}
     found["dtype"] = str(model.wte.weight.dtype).removeprefix("torch.")
     return found

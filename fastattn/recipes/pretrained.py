@@ -61,7 +61,7 @@ def trained_task(config):
 
 def labels_in(config):
     """The labels of a head, in the order of its logits."""
-    found = config.get("id2label") or dict(enumerate(config.get("labels") or ()))
+    found = config.get("id2label") or {}
     return [found[i] for i in sorted(found, key=int)]
 
 
@@ -139,6 +139,4 @@ def _read(cls, folder):
 def _with_labels(config, labels):
     if not labels:
         return config
-    if isinstance(config, gpt.GPTConfig):
-        return dataclasses.replace(config, labels=tuple(labels))
     return dataclasses.replace(config, num_labels=len(labels), id2label=dict(enumerate(labels)))

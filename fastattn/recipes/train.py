@@ -146,7 +146,7 @@ def prepare(settings, processes, resume=False):
         measured=kind.measured,
         metrics=lambda found: kind.metrics(found, held_out, validation.samples),
         sample=lambda model: kind.sample(model, tokenizer, processes.device),
-        mfu=lambda speed: kind.mfu(model, speed, length, processes.world),
+        mfu=lambda speed: model.mfu(speed, length, processes.world),
         save=save,
         resume=folder,
         header=dataclasses.asdict(settings) | {"fingerprint": fingerprint},
@@ -194,9 +194,6 @@ class NextTokens:
         """Every byte is predicted once, in blocks that begin without context."""
         per_byte = len(samples.tokens) / sum(len(text.encode()) for text in texts)
         return {"bits_per_byte": found["loss"] / math.log(2) * per_byte}
-
-    def mfu(self, model, speed, length, devices):
-        return model.mfu(speed, length, devices)
 
     def sample(self, model, tokenizer, device):
         ids = torch.tensor([tokenizer.encode("The ")], device=device)
@@ -260,9 +257,6 @@ class MaskedPairs:
 
     def metrics(self, found, texts, samples):
         return {}
-
-    def mfu(self, model, speed, length, devices):
-        return None
 
     def sample(self, model, tokenizer, device):
         return None
