@@ -1,9 +1,10 @@
-"""torch's own sample inputs for softmax, log_softmax, layer_norm and rms_norm, all served by Triton itself."""
+"""torch's own sample inputs for softmax, log_softmax, layer_norm and rms_norm, all served by the fused backend itself."""
 
 import functools
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch.testing._internal.common_methods_invocations import op_db
 
 from fastattn import functional, use_backend
@@ -25,8 +26,8 @@ def cases():
                 yield pytest.param(info, dtype, id=f"{info.name} {info.variant_test_name} {dtype}")
 
 
-def broken_rules(info, sample):
-    """check() of Triton's result and gradients for one sample, stock torch in the same dtype beside it."""
+def broken_rules(info, sample, name):
+    """check() of a backend's result and gradients for one sample, stock torch in the same dtype beside it."""
     options = {k: v for k, v in sample.kwargs.items() if not isinstance(v, torch.Tensor)}
     named = [k for k in sample.kwargs if k not in options]
     inputs = [sample.input, *sample.args, *(sample.kwargs[k] for k in named)]
@@ -36,7 +37,7 @@ def broken_rules(info, sample):
         return function(*values[:given], **dict(zip(named, values[given:], strict=True)), **options)
 
     def ours(*values):
-        with use_backend("triton"):
+        with use_backend(name):
             return call(FUNCTIONS[info.name], *values, **options)
 
     exact = {k: v for k, v in options.items() if k != "dtype"}
@@ -48,9 +49,9 @@ def broken_rules(info, sample):
     )
 
 
-@pytest.mark.parametrize("info, dtype", cases())
-def test_samples_agree(info, dtype):
-    samples = list(info.sample_inputs("cpu", dtype, requires_grad=True))
+@pytest.mark.parametrize("info, dtype", list(cases()))
+def test_samples_agree(info, dtype, fused):
+    samples = list(info.sample_inputs(DEVICE, dtype, requires_grad=True))
     assert samples
     for sample in samples:
         if sample.kwargs.get("dtype") == torch.float64:  # a result that no kernel writes
@@ -59,4 +60,15 @@ def test_samples_agree(info, dtype):
             )
             assert torch.equal(ours, wanted)
         else:
-            assert not broken_rules(info, sample), sample
+            assert not broken_rules(info, sample, fused), sample
+
+
+ERRORS = [info for info in op_db if info.name in FUNCTIONS and info.error_inputs_func]
+
+
+@pytest.mark.parametrize("info", ERRORS, ids=lambda info: info.name)
+def test_errors_are_torchs(info):
+    for wrong in info.error_inputs(DEVICE):
+        sample = wrong.sample_input
+        with pytest.raises(wrong.error_type, match=wrong.error_regex):
+            FUNCTIONS[info.name](sample.input, *sample.args, **sample.kwargs)

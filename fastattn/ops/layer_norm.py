@@ -107,16 +107,18 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
 
 
 def _checked(name, x, normalized_shape, weight, bias, out_dtype):
-    """normalized_shape as a tuple, under the conditions of torch's functions."""
+    """normalized_shape as a tuple, under the conditions of torch's functions and in their words."""
     normalized_shape = tuple(normalized_shape)
-    if not normalized_shape or x.shape[-len(normalized_shape) :] != normalized_shape:
+    if not normalized_shape:
+        raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but it is ()")
+    if x.shape[-len(normalized_shape) :] != normalized_shape:
         raise RuntimeError(
-            f"{name}: normalized_shape {normalized_shape} must be x's last dims; x is {tuple(x.shape)}"
+            f"{name}: Given normalized_shape={normalized_shape}, which must be x's last dims; x is {tuple(x.shape)}"
         )
     for what, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != normalized_shape:
             raise RuntimeError(
-                f"{name}: {what} is {tuple(t.shape)}, must be normalized_shape {normalized_shape}"
+                f"{name}: Expected {what} to be of same shape as normalized_shape {normalized_shape}; it is {tuple(t.shape)}"
             )
     if out_dtype not in (None, "input"):
         raise ValueError(f'{name}: out_dtype is {out_dtype!r}, must be None (as torch) or "input"')
