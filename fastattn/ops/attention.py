@@ -278,7 +278,9 @@ def _options(q, lengths, causal, window, softcap, dropout_p, scale):
 
 def _attend(q, k, v, extras, options, return_lse, return_weights):
     chosen = backend.choose(OP, WHY_NOT, q, k, v, extras)
-    if chosen == "torch":
+    # The gradient of weights is taken by autograd within a backward, which Dynamo does not trace.
+    untraceable = return_weights and torch.compiler.is_compiling() and backend.needs_grad(q, k, v, *extras)
+    if chosen == "torch" or untraceable:
         return _torch_attention(q, k, v, extras, options, return_lse, return_weights)
     return _launch(chosen, q, k, v, extras, options, return_weights)
 
