@@ -1,0 +1,193 @@
+"""Hugging Face transformers >= 5: attn_implementation="fastattn" (importing this module registers it).
+
+Two functions go together: `mask` says which pairs may attend, in the smallest form that says it, and `attention` serves
+what `mask` or a caller hands it. A causal pattern, with or without padding, never becomes an (S_q, S_k) tensor: causality
+is a flag of the kernels, and padding stays (B, S_k). Every other pattern is transformers' own bool (B, 1, S_q, S_k).
+
+Letters: B batch, H heads, H_kv key heads, S_q queries, S_k keys, D head dim.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.utils.import_utils import is_tracing
+
+from fastattn import functional
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # older ones hand output_attentions down to the attention instead
+    _active_collector = None
+
+NAME = "fastattn"
+
+# Arguments that models hand down to their attention and that say nothing about which pairs attend, or how.
+HARMLESS = frozenset(
+    """cache_position encoder_attention_mask encoder_hidden_states labels logits_to_keep num_items_in_batch
+    output_attentions output_hidden_states output_router_logits past_key_value past_key_values position_embeddings
+    position_ids return_dict seq_idx token_type_ids use_cache""".split()
+)
+
+
+def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, *,
+              sliding_window=None, softcap=None, s_aux=None, position_bias=None, cu_seq_lens_q=None,
+              cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs):  # fmt: skip
+    """o (B, S_q, H, D_v), and the weights (B, H, S_q, S_k) where the model collects them; query (B, H, S_q, D), key (B, H_kv, S_k, D).
+
+    attention_mask of four dims, bool (True = attend) or float (added), says everything. None, or a padding mask (B, n) for
+    the first n keys, leaves the rest to is_causal, by default module.is_causal, which counts from the first key: that is what
+    transformers means where a static cache is longer than the prompt. A single query sees every key. sliding_window w then
+    leaves a query itself and the w - 1 keys before it (and after it, where nothing is causal). s_aux are sinks (H,);
+    position_bias is added to the scores; cu_seq_lens_q, _k (N + 1,) bound packed sequences, which do not see each other.
+
+    A query that may attend to nothing gives 0 (eager: the mean of the values). Collected weights are eager's, after dropout.
+    NotImplementedError names an argument that is not served and would change the result.
+    """
+    for name, given in kwargs.items():
+        if name not in HARMLESS and given is not None and given is not False:
+            raise NotImplementedError(
+                f"fastattn: {type(module).__name__} hands {name}= to its attention, which is not served here and must not be "
+                'ignored; model.set_attn_implementation("eager") or "sdpa" goes back'
+            )
+    S_q, packed = query.shape[2], cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and S_q > 1
+    window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
+    options = dict(scale=scaling, softcap=softcap or 0.0, sinks=s_aux)
+    collected = _collects_weights(module, kwargs)
+
+    if packed and attention_mask is None and position_bias is None and not collected:
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+        longest = (_longest(cu_seq_lens_q, max_length_q), _longest(cu_seq_lens_k, max_length_k))
+        options.update(causal=causal and "bottom_right", window=window, dropout_p=dropout)
+        o = functional.attention_varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_k, *longest, **options)
+        return o.unflatten(0, (query.shape[0], S_q)), None
+
+    allowed, bias = None, position_bias
+    if attention_mask is None or attention_mask.dim() == 2:
+        if attention_mask is not None:
+            n = attention_mask.shape[1]
+            key, value, allowed = key[:, :, :n], value[:, :, :n], attention_mask[:, None, None]
+            bias = bias if bias is None else bias[..., :n]
+        # Only a window asks where a single query stands: at the end.
+        options.update(causal="bottom_right" if S_q == 1 and window else causal, window=window)
+    elif attention_mask.dim() != 4:
+        raise ValueError(
+            f"fastattn: attention_mask is {tuple(attention_mask.shape)}, needs (B, S_k) or (B, H or 1, S_q, S_k)"
+        )
+    elif attention_mask.dtype == torch.bool:
+        allowed = attention_mask
+    else:
+        bias = attention_mask if bias is None else bias + attention_mask
+    if packed:
+        same = _sequence_of(query, cu_seq_lens_q)[..., None] == _sequence_of(key, cu_seq_lens_k)[..., None, :]
+        allowed = same if allowed is None else allowed & same
+    options.update(mask=allowed, bias=bias)
+    if not collected:
+        o, weights = functional.attention(query, key, value, dropout_p=dropout, **options), None
+    else:
+        o, weights = functional.attention(query, key, value, return_weights=True, **options)
+        if dropout:
+            weights = F.dropout(weights, dropout)
+            o = weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return o.transpose(1, 2).contiguous(), weights
+
+
+def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=causal_mask_function,
+         attention_mask=None, local_size=None, allow_is_causal_skip=True, **kwargs):  # fmt: skip
+    """The pattern as `attention` reads it: None, a padding mask (B, n), or bool (B, 1, S_q, S_k); True = attend.
+
+    Arguments are those of transformers' mask functions. None and the padding mask leave causality to the call's flag, and
+    are only given where transformers allows it; where it does not, the mask has the shape that its own would have.
+    """
+    positions = kwargs.get(
+        "cache_position"
+    )  # transformers 5.0 gives these, later ones a length and an offset
+    if positions is not None:
+        where, q_length, q_offset = dict(cache_position=positions), len(positions), positions[0]
+    else:
+        where = dict(q_length=q_length, q_offset=q_offset)
+    kwargs.update(batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, local_size=local_size)
+    kwargs.update(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip)
+    whole = local_size is None and kv_offset == 0 and not torch.compiler.is_exporting()
+    if whole and mask_function is causal_mask_function and allow_is_causal_skip and q_length > 1:
+        if _is_zero(q_offset) and (attention_mask is None or attention_mask.shape[1] >= q_length):
+            # Rows start at the first key, so none looks beyond key q_length - 1.
+            padding = attention_mask if attention_mask is None else attention_mask[:, :q_length]
+            return None if padding is None or (not is_tracing(padding) and padding.all()) else padding
+    if whole and mask_function is bidirectional_mask_function and "cache_position" not in kwargs:
+        where["q_length"] = 1  # all rows are alike
+        row = sdpa_mask(mask_function=mask_function, **where, **kwargs)
+        return row if row is None else row.expand(-1, -1, q_length, -1)
+    return sdpa_mask(mask_function=mask_function, **where, **kwargs)
+
+
+def _is_zero(offset):
+    return (
+        bool(offset == 0)
+        if not isinstance(offset, torch.Tensor)
+        else not is_tracing(offset) and bool(offset == 0)
+    )
+
+
+def _collects_weights(module, kwargs):
+    """Whether the model returns the weights of this call: its outputs are collected by hooks, which the call does not see."""
+    if kwargs.get("output_attentions"):
+        return True
+    if _active_collector is None or (torch.compiler.is_compiling() and not _active_collector.compiling):
+        return False
+    return any("attentions" in kind for kind in _active_collector.get() or ())
+
+
+def _longest(cu_seq_lens, given):
+    return int(cu_seq_lens.diff().max() if given is None else given)
+
+
+def _sequence_of(t, cu_seq_lens):
+    """(B, 1, S): the number of the packed sequence that each row of t (B, H, S, D) belongs to."""
+    rows = torch.arange(t.shape[0] * t.shape[2], device=t.device)
+    return torch.bucketize(rows, cu_seq_lens[1:].to(rows.dtype), right=True).view(t.shape[0], 1, t.shape[2])
+
+
+def targets():
+    """{class of transformers: our subclass of it}, for patch."""
+    return {}
+
+
+def attach(model, report):
+    """Switch every transformers model inside `model` to "fastattn"; each gets its own copy of its config.
+
+    The implementation is an entry of the config, and a config may be shared with a model that nobody asked to change.
+    """
+    switched = []
+    for name, inner in model.named_modules():
+        if not isinstance(inner, PreTrainedModel) or any(f"{name}.".startswith(outer) for outer in switched):
+            continue
+        before = inner.config._attn_implementation
+        if before == NAME:
+            continue
+        if not inner._can_set_attn_implementation():
+            reason = "its attention does not go through transformers' AttentionInterface, so that it cannot be switched"
+            report.skipped.append((name, type(inner), reason))
+            continue
+        switched.append(f"{name}." if name else "")
+        copies = {}
+        for below, module in inner.named_modules(prefix=name):
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, PreTrainedConfig):
+                    report.edit(below, module, attribute, copy.deepcopy(value, copies))
+        inner.set_attn_implementation(NAME)
+        report.attention.append((name, before, inner.config._attn_implementation))
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

