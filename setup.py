@@ -179,8 +179,9 @@ def emulated_steps(sources, temp, target):
     def compiler(source):
         # Sanitizers look at kernels and at what runs them: bindings take a minute more. To TSAN the engine says in words
         # what a barrier orders; what it does to make it so is not looked at.
-        races = "-fsanitize=thread" in extra and "-DFASTATTN_RECORD" not in extra
-        if source.suffix == ".cu" or (source.name == "engine.cpp" and "-fsanitize=thread" not in extra):
+        engine = source.name == "engine.cpp"
+        races = engine and "-fsanitize=thread" in extra and "-DFASTATTN_RECORD" not in extra
+        if source.suffix == ".cu" or (engine and "-fsanitize=thread" not in extra):
             return [*emulated_compiler(source), *extra]
         plain = [flag for flag in extra if "-fsanitize" not in flag]
         return [*emulated_compiler(source), *plain, *(["-DFASTATTN_TSAN"] if races else [])]
