@@ -4,9 +4,22 @@ from fastattn import functional, nn
 from fastattn.backend import explain, use_backend
 from fastattn.cuda import warmup
 from fastattn.integrations import await_transformers
+from fastattn.reroute import accelerated, disable, enable
 from fastattn.swap import Report, patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["Report", "explain", "functional", "nn", "patch", "unpatch", "use_backend", "warmup"]
+__all__ = [
+    "Report",
+    "accelerated",
+    "disable",
+    "enable",
+    "explain",
+    "functional",
+    "nn",
+    "patch",
+    "unpatch",
+    "use_backend",
+    "warmup",
+]
 
 await_transformers()

@@ -427,7 +427,8 @@ def composite_backward(function, inputs, grads):
     with torch.enable_grad():  # a backward that is not itself differentiated runs without it
         # Views, so that an input computed from another one (or by this very op) does not send its gradient on to it.
         inputs = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
-        outputs = function(*inputs)
+        with torch._C.DisableTorchFunction():  # else `accelerated` would bring the very op back
+            outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     result = [None] * len(inputs)

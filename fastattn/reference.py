@@ -10,6 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+stock_softmax, stock_log_softmax = (
+    torch.softmax,
+    torch.log_softmax,
+)  # bound at import, since fastattn.enable() puts ours there
+
 # Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 PHILOX_ROUNDS = 7
 
@@ -176,11 +181,11 @@ def attention_decode(q, k_cache, v_cache, cache_lens, *, block_table=None, k_new
 
 
 def softmax(x, dim=-1):
-    return torch.softmax(x, dim)
+    return stock_softmax(x, dim)
 
 
 def log_softmax(x, dim=-1):
-    return torch.log_softmax(x, dim)
+    return stock_log_softmax(x, dim)
 
 
 def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False):
@@ -277,7 +282,7 @@ def linear_cross_entropy(
     z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     z = softcap * torch.tanh(z / softcap) if softcap else z
     counts = targets != ignore_index
-    picked = torch.log_softmax(z, -1).gather(-1, targets.long().masked_fill(~counts, 0)[..., None])[..., 0]
+    picked = stock_log_softmax(z, -1).gather(-1, targets.long().masked_fill(~counts, 0)[..., None])[..., 0]
     losses = -picked.masked_fill(~counts, 0.0)
     if reduction == "none":
         return losses

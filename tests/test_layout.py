@@ -13,7 +13,7 @@ OPS = sorted(path.stem for path in (ROOT / "fastattn/ops").glob("*.py") if path.
 LAYERS = [
     ("cli",),
     ("recipes", "benchmarks", "check_cases"),
-    ("integrations", "swap", "models"),
+    ("integrations", "reroute", "swap", "models"),
     ("nn",),
     ("functional",),
     ("ops",),

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 from fastattn import backend, reference
 
 OP = "attention"
+# bound at import, since fastattn.enable() puts ours there
+stock_attention, stock_softmax = F.scaled_dot_product_attention, torch.softmax
 CAUSAL = {False: 0, True: 1, "top_left": 1, "bottom_right": 2}
 
 
@@ -70,7 +72,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     float (added, may require grad). What the kernels cannot serve goes to torch's own function, errors included.
     """
     if backend.stock_only(OP, query):
-        return F.scaled_dot_product_attention(
+        return stock_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     try:
@@ -84,7 +86,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         extras = (bias, mask, None, None, None, None, None, None)
         chosen = backend.choose(OP, WHY_NOT, q, k, v, extras)
     if chosen == "torch":
-        return F.scaled_dot_product_attention(
+        return stock_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     options = _options(q, (q.shape[2], k.shape[2]), is_causal, None, 0.0, dropout_p, scale)
@@ -392,11 +394,11 @@ def _torch_attention(q, k, v, extras, options, return_lse, return_weights):
             s = s.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else s + attn_mask
             nothing = s.isneginf().all(-1, keepdim=True)  # such a row would be NaN, in the gradient too
             s = s.masked_fill(nothing, 0.0)
-        weights = torch.softmax(s, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        weights = stock_softmax(s, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         weights = weights if attn_mask is None else weights.masked_fill(nothing, 0.0)
         return F.dropout(weights, dropout_p) @ v, None, weights
     gqa = bool(q.shape[1] != k.shape[1])  # a tensor under torch.jit.trace
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa)
+    o = stock_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa)
     return o, None, None
 
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastattn import backend
 
 OP = "linear_cross_entropy"
+stock_log_softmax = torch.log_softmax  # bound at import, since fastattn.enable() puts ours there
 
 
 def linear_cross_entropy(
@@ -98,7 +99,7 @@ def _stock_rows(logits, targets, dloss, losses, ignore_index, softcap, grad):
     """What linear_cross_entropy_rows_kernel does, in stock ops."""
     z = logits.to(losses.dtype)
     t = torch.tanh(z / softcap) if softcap else None
-    logp = torch.log_softmax(z if t is None else t * softcap, -1)
+    logp = stock_log_softmax(z if t is None else t * softcap, -1)
     counts = targets != ignore_index
     at = targets.long().masked_fill(~counts, 0)[:, None]
     losses.copy_(-logp.gather(1, at)[:, 0].masked_fill(~counts, 0.0))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastattn import backend, cuda
 
 OP = "position"
+stock_layer_norm = F.layer_norm  # bound at import, since fastattn.enable() puts ours there
 MAX_NORM_C = 4096  # a wider row with its sums does not fit a Triton program's registers
 
 
@@ -200,7 +201,7 @@ def _stock_embeddings(
     if norm_weight is not None:
         dtype = torch.promote_types(y.dtype, norm_weight.dtype)  # a GPU's layer_norm takes no mixture
         bias = None if norm_bias is None else norm_bias.to(dtype)
-        y = F.layer_norm(y.to(dtype), y.shape[-1:], norm_weight.to(dtype), bias, eps)
+        y = stock_layer_norm(y.to(dtype), y.shape[-1:], norm_weight.to(dtype), bias, eps)
     return y.to(token_table.dtype)
 
 

@@ -8,6 +8,10 @@ from fastattn import backend
 from fastattn.cuda.softmax import softmax_why_not
 
 OP = "softmax"
+stock_softmax, stock_log_softmax = (
+    torch.softmax,
+    torch.log_softmax,
+)  # bound at import, since fastattn.enable() puts ours there
 WIDENED = backend.autocast_devices("softmax.int") & backend.autocast_devices("log_softmax.int")
 
 
@@ -60,7 +64,7 @@ def _softmax(name, x, dim, dtype, out_dtype, log):
     N = x.shape[dim] if x.dim() else 1
     chosen = backend.choose(name, WHY_NOT, x, None, dtype, N=N, inductor_fuses=True)
     if chosen == "torch":
-        return (torch.log_softmax if log else torch.softmax)(x, dim, dtype=requested)
+        return (stock_log_softmax if log else stock_softmax)(x, dim, dtype=requested)
     if x.dim() == 0:
         return _softmax(name, x[None], 0, dtype, None, log)[0]
     if backend.needs_grad(x):
@@ -99,7 +103,7 @@ def _torch_scaled_masked_softmax(scores, mask, scale, causal):
         mask = below if mask is None else mask & below
     s = s if mask is None else s.masked_fill(~mask, -math.inf)
     empty = (s == -math.inf).all(-1, keepdim=True)  # their softmax would be NaN, and so would their gradient
-    return torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    return stock_softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 
 
 class _Softmax(torch.autograd.Function):
