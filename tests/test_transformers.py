@@ -1,5 +1,6 @@
 """attn_implementation="fastattn" against transformers' eager: every form of mask and cache, logits, losses and gradients."""
 
+import collections
 import copy
 import subprocess
 import sys
@@ -18,15 +19,15 @@ S, V = 12, 50
 TOLERANCE = 3e-6
 SMALL = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3)  # fmt: skip
 DECODER = dict(SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=64)
+BERT = dict(SMALL, intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 NO_DROPOUT = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
 KINDS = {
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(**SMALL, n_positions=64, **NO_DROPOUT)),
     "bert": (
         transformers.BertForMaskedLM,
-        transformers.BertConfig(
-            **SMALL, intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        ),
+        transformers.BertConfig(**BERT),
     ),
+    "decoder": (transformers.BertLMHeadModel, transformers.BertConfig(**BERT, is_decoder=True)),
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),  # grouped heads
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(**DECODER, sliding_window=3)),
     "gemma2": (  # softcap, a window in every other layer, its own scale
@@ -502,3 +503,211 @@ def test_importing_fastattn_is_enough(first):
         "assert 'fastattn' in transformers.masking_utils.AttentionMaskInterface._global_mapping\n"
     )
     assert done.returncode == 0 and done.stdout == "fastattn\n", done.stderr
+
+
+def test_trainer(tmp_path, capsys):
+    """The losses of eager, a report before and after, and a checkpoint that any transformers can load."""
+    pytest.importorskip("accelerate")
+    from fastattn.integrations.trainer import ReportCallback
+
+    rows = [{"input_ids": row, "labels": row} for row in ids(batch=12)]
+    losses, callbacks = [], []
+    for model in reversed(pair("gpt2")):
+        if losses:
+            model.set_attn_implementation("sdpa")
+            callbacks = [ReportCallback(fastattn.patch(model))]
+        args = transformers.TrainingArguments(
+            tmp_path / str(len(losses)), max_steps=4, per_device_train_batch_size=3, logging_steps=1, report_to=[],
+            learning_rate=1e-3, disable_tqdm=True, use_cpu=True, seed=0, save_strategy="no",
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=callbacks)
+        trainer.train()
+        trainer.save_model()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[0][0] != losses[0][-1]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
+    said = capsys.readouterr().out
+    assert said.count("'sdpa' -> 'fastattn'") == 2 and "attention on torch" in said
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "1")
+    assert again.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(again(ids()).logits, model.eval()(ids()).logits, rtol=0, atol=1e-5)
+
+
+FUSED = {
+    "gpt2": {"NewGELUActivation": 2, "GPT2MLP": 2, "GPT2Block": 2, "LayerNorm": 5},
+    "bert": {
+        "BertIntermediate": 2,
+        "BertSelfOutput": 2,
+        "BertOutput": 2,
+        "BertEmbeddings": 1,
+        "LayerNorm": 6,
+    },
+}
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_patch_fuses(kind, padding):
+    """Logits, losses and gradients of stock transformers, under stock names, and back to the bit."""
+    model, eager = pair(kind)
+    model.set_attn_implementation("sdpa")
+    names, keep = (
+        list(model.state_dict()),
+        PADDING["left"].bool() if padding == "left" else torch.ones(2, S).bool(),
+    )
+    inputs = dict(input_ids=ids(), attention_mask=PADDING[padding])
+    before = results(model, keep, **inputs)
+    report = fastattn.patch(model)
+    assert collections.Counter(cls.__name__ for _, cls, _ in report.swapped) == FUSED[kind]
+    assert report.skipped == [] and list(model.state_dict()) == names
+    calls = backend.calls.copy()
+    assert_close(results(model, keep, **inputs), results(eager, keep, **inputs))
+    made = backend.calls - calls
+    if kind == "gpt2":
+        wanted = {"attention": 2, "add_layer_norm": 2, "layer_norm": 3, "bias_gelu": 2}
+    else:  # one LayerNorm and its GELU are the head's
+        wanted = {"attention": 2, "add_layer_norm": 4, "layer_norm": 1, "bias_gelu": 2, "position": 1}
+    assert {op: n for (op, _), n in made.items()} == wanted
+    fastattn.unpatch(model)
+    after = results(model, keep, **inputs)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_patch_drops_out_in_training_only(kind):
+    """With one generator, the very elements that transformers drops."""
+    rates = dict(resid_pdrop=0.3, embd_pdrop=0.3) if kind == "gpt2" else dict(hidden_dropout_prob=0.3)
+    model, eager = pair(kind, **rates)
+    fastattn.patch(model)
+    found = []
+    for m in (model, eager):
+        torch.manual_seed(9)
+        found.append(m.train()(ids()).logits)
+    assert_close({"logits": found[0]}, {"logits": found[1]})
+    assert not torch.equal(found[0], model(ids()).logits)
+    assert torch.equal(model.eval()(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_patched_model_on_the_kernels(kind):
+    model, eager = pair(kind)
+    fastattn.patch(model)
+    inputs, keep = dict(input_ids=ids(), attention_mask=PADDING["left"]), PADDING["left"].bool()
+    with backend.use_backend("triton"):
+        got = results(model, keep, **inputs)
+    assert_close(got, results(eager, keep, **inputs))
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_what_was_wrapped_or_hooked_is_called(kind):
+    """A LoRA layer, a hook and a replaced forward are reached, and count, in a patched model too."""
+    models = pair(kind, num_hidden_layers=3)
+    fastattn.patch(models[0])
+    seen = []
+    for model in models:
+        torch.manual_seed(3)
+        if kind == "gpt2":
+            blocks = model.transformer.h
+            blocks[0].mlp.c_fc = LoRA(blocks[0].mlp.c_fc, 32, 128)
+            hooked = [blocks[1].mlp.c_fc, blocks[1].mlp.act, blocks[1].ln_2]
+            replaced = blocks[2].mlp.act
+        else:
+            layers = model.bert.encoder.layer
+            layers[0].intermediate.dense = LoRA(layers[0].intermediate.dense, 32, 48)
+            tables = model.bert.embeddings
+            hooked = [layers[1].intermediate.dense, layers[0].output.LayerNorm, layers[1].attention.output.dropout, tables.token_type_embeddings]  # fmt: skip
+            replaced = layers[2].intermediate.intermediate_act_fn
+        for module in hooked:
+            module.register_forward_hook(lambda module, args, out: seen.append(module) or out * 1.5)
+        replaced.forward = torch.sin
+    found = [m(ids()).logits for m in models]
+    assert len(seen) == 2 * len(hooked)
+    assert_close({"logits": found[0]}, {"logits": found[1]})
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_patched_model_generates_checkpoints_and_compiles(kind):
+    model, eager = pair(kind)
+    fastattn.patch(model)
+    if kind == "gpt2":
+        options = dict(attention_mask=PADDING["left"], max_new_tokens=5, do_sample=False)
+        assert torch.equal(*(m.generate(ids() * PADDING["left"], **options) for m in (model, eager)))
+        for m in (model, eager):
+            m.train()
+        got, want = (m(ids(), output_hidden_states=True, output_attentions=True) for m in (model, eager))
+        assert len(got.hidden_states) == 3 and len(got.attentions) == 2
+        assert_close(dict(enumerate(got.hidden_states)), dict(enumerate(want.hidden_states)))
+    model.gradient_checkpointing_enable()
+    keep = PADDING["right"].bool()
+    inputs = dict(input_ids=ids(), attention_mask=PADDING["right"])
+    assert_close(results(model, keep, **inputs), results(eager, keep, **inputs))
+    try:
+        with torch.no_grad():
+            got = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")(**inputs).logits[keep]
+    finally:
+        torch._dynamo.reset()
+    assert_close({"logits": got}, {"logits": eager.eval()(**inputs).logits[keep]})
+
+
+def test_embeddings_by_other_ways_in():
+    model, eager = pair("bert")
+    fastattn.patch(model)
+    tables = eager.bert.embeddings.word_embeddings
+    types, positions = (ids() > 25).long(), torch.arange(S).flip(0)[None]
+    for inputs in (
+        dict(inputs_embeds=tables(ids()).detach()),
+        dict(input_ids=ids(), token_type_ids=types),
+        dict(input_ids=ids(), position_ids=positions, token_type_ids=types),
+    ):
+        with torch.no_grad():
+            assert_close(*({"logits": m(**inputs).logits} for m in (model, eager)))
+
+
+def test_cross_attention_is_transformers_own():
+    model, eager = pair("gpt2", add_cross_attention=True)
+    fastattn.patch(model)
+    memory = torch.randn(2, 7, 32)
+    inputs = dict(encoder_hidden_states=memory, encoder_attention_mask=padded((0, 7), (0, 4), length=7))
+    with torch.no_grad():
+        assert_close(*({"logits": m(ids(), **inputs).logits} for m in (model, eager)))
+
+
+def test_a_bert_that_decodes():
+    model, eager = pair("decoder")
+    fastattn.patch(model)
+    outputs = []
+    with torch.no_grad():
+        for m in (model, eager):  # no position_ids: they follow from what the cache holds
+            past = DynamicCache(config=m.config)
+            rows = [m(part, past_key_values=past).logits for part in ids().split([7, 5], dim=1)]
+            outputs.append({"logits": torch.cat(rows, dim=1)})
+    assert_close(*outputs)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_patch_at_load(kind, tmp_path):
+    eager = pair(kind)[1]
+    eager.save_pretrained(tmp_path)
+    cls = type(eager)
+    ours.patch_at_load()
+    try:
+        loaded = cls.from_pretrained(tmp_path, attn_implementation="fastattn")
+        mobile = transformers.AutoModel.from_config(
+            transformers.MobileBertConfig(num_hidden_layers=1, vocab_size=V)
+        )
+    finally:
+        ours.unpatch_at_load()
+
+    def swapped(model):
+        return {
+            type(m).__name__
+            for m in model.modules()
+            if type(m).__module__ == "fastattn.integrations.gpt2_bert"
+        }
+
+    assert swapped(loaded) == FUSED[kind].keys() - {"LayerNorm", "GPT2Block", "NewGELUActivation"}
+    assert not swapped(mobile)
+    assert_close(*({"logits": m(ids()).logits} for m in (loaded, eager)))
+    later = cls.from_pretrained(tmp_path)
+    assert not swapped(later)
+    assert len(later(ids(), output_hidden_states=True).hidden_states) == 3

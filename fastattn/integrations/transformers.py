@@ -8,6 +8,7 @@ Letters: B batch, H heads, H_kv key heads, S_q queries, S_k keys, D head dim.
 """
 
 import copy
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -159,8 +160,12 @@ def _sequence_of(t, cu_seq_lens):
 
 
 def targets():
-    """{class of transformers: our subclass of it}, for patch."""
-    return {}
+    """{class of transformers: our subclass of it}, for patch; none where no model of theirs can be here."""
+    if not any(f"transformers.models.{name}.modeling_{name}" in sys.modules for name in ("gpt2", "bert")):
+        return {}
+    from fastattn.integrations import gpt2_bert  # which imports both models
+
+    return gpt2_bert.TARGETS
 
 
 def attach(model, report):
@@ -187,6 +192,33 @@ def attach(model, report):
                     report.edit(below, module, attribute, copy.deepcopy(value, copies))
         inner.set_attn_implementation(NAME)
         report.attention.append((name, before, inner.config._attn_implementation))
+
+
+def patch_at_load():
+    """From now on from_pretrained and from_config build BERT and GPT-2 of our classes, in this process, until unpatch_at_load.
+
+    A transformers model that is made without these (BertModel(config)) is as ever. GPT2Block is left out: transformers
+    would from then on collect the hidden states of no other GPT-2. The attention implementation is set as always.
+    """
+    from transformers.monkey_patching import register_patch_mapping
+
+    register_patch_mapping(_load_mapping(), overwrite=True)
+
+
+def unpatch_at_load():
+    """Undo patch_at_load; models that were loaded meanwhile keep their classes."""
+    from transformers.monkey_patching import unregister_patch_mapping
+
+    unregister_patch_mapping(list(_load_mapping()))
+
+
+def _load_mapping():
+    from fastattn.integrations import gpt2_bert
+
+    # Activations are held in a table of classes, which such a mapping does not reach.
+    classes = [cls for cls in gpt2_bert.TARGETS if cls.__module__.startswith("transformers.models.")]
+    # Patterns, since a name would be searched for in every longer one: MobileBertOutput holds BertOutput.
+    return {f"^{cls.__name__}$": gpt2_bert.TARGETS[cls] for cls in classes if cls.__name__ != "GPT2Block"}
 
 
 AttentionInterface.register(NAME, attention)
