@@ -3,6 +3,10 @@
 
 #include "rt.cuh"
 
+#ifdef FASTATTN_EMULATION
+#include "emulation/tensor_core.h"
+#endif
+
 namespace ptx {
 
 #ifndef FASTATTN_EMULATION
@@ -24,6 +28,12 @@ __device__ inline void cp_async_16_cached(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
+// The first `bytes` of 16 from there, 0 or 16, zeros for the others: with 0 nothing is read.
+__device__ inline void cp_async_16_or_zeros(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
 // Closes a group: this thread's copies since the last one, perhaps none.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -34,6 +44,42 @@ __device__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit elements out of shared memory. Lane l says where row l % 8 of matrix l / 8 lies (16 bytes)
+// and gets, of each matrix, elements 2 (l % 4) and the next of row l / 4; transposed, element l / 4 of rows 2 (l % 4) and
+// the next. The whole warp takes part.
+__device__ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+__device__ inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c (16, 8) += a (16, 16) b (16, 8), two elements to a register. With g = lane / 4 and t = 2 (lane % 4) a lane holds
+//   a: rows g, g + 8, g, g + 8 at columns t, t, t + 8, t + 8;   b: rows t and t + 8 of column g;
+//   c: columns t and t + 1 of row g, then of row g + 8
+// each register two neighbours along the sum.
+template <typename T>
+__device__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ inline void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ inline void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 #else
 
 inline float exp2(float v) {
@@ -41,14 +87,25 @@ inline float exp2(float v) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
-inline void cp_async_16(void* to, const void* from, EMULATION_HERE) { emulation::copy_async(to, from, 16, place); }
+inline void cp_async_16(void* to, const void* from, EMULATION_HERE) { emulation::copy_async(to, from, 16, 16, place); }
 inline void cp_async_16_cached(void* to, const void* from, EMULATION_HERE) {
-    emulation::copy_async(to, from, 16, place);
+    emulation::copy_async(to, from, 16, 16, place);
+}
+inline void cp_async_16_or_zeros(void* to, const void* from, int bytes, EMULATION_HERE) {
+    emulation::copy_async(to, from, bytes, 16, place);
 }
 inline void cp_async_commit() { emulation::copy_commit(); }
 template <int kPending>
 void cp_async_wait() {
     emulation::copy_wait(kPending);
+}
+inline void ldmatrix_x4(uint32_t (&to)[4], const void* row, EMULATION_HERE) { emulation::ldmatrix<false>(to, row, place); }
+inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row, EMULATION_HERE) {
+    emulation::ldmatrix<true>(to, row, place);
+}
+template <typename T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATION_HERE) {
+    emulation::mma_m16n8k16<T>(c, a, b0, b1, place);
 }
 
 #endif

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++, CUDA headers (nvidia-cuda-runtime, nvidia-cuda-crt) and pybind11",
 )
 
-RIGHT = ("shuffles", "votes", "indices", "exchange", "copies", "reads_unwritten", "approximations")
-WRONG = ("no_barrier_before", "no_barrier_after", "no_syncwarp", "no_wait", "no_barrier_after_copy")
+RIGHT = ("shuffles", "votes", "indices", "exchange", "copies", "copies_of_nothing", "matrices", "products_half", "products_bfloat",
+         "reads_unwritten", "approximations")  # fmt: skip
+WRONG = ("no_barrier_before", "no_barrier_after", "no_syncwarp", "no_wait", "no_barrier_after_copy", "matrices_too_early")  # fmt: skip
 # What the emulation says of each, whatever the order.
 SAID = {
     "past_the_end": r"past_the_end, block \(0, 0, 0\), shared memory is written 0 bytes past the end of sA \(128 bytes\), "
@@ -39,6 +40,8 @@ SAID = {
     "two_shuffles": r"__shfl_\w+_sync with mask ffffffff meets __shfl_\w+_sync",
     "bad_width": "width is 24, must be a power of two",
     "misaligned": r"rt.cuh:\d+: 16 bytes at 0x\w+, an address not aligned to 16",
+    "matrix_of_some": r"ldmatrix waits for lane \d+, which exits|ldmatrix: its mask ffffffff names lanes that have exited",
+    "matrix_misaligned": "16 bytes at 0x\\w+, an address not aligned to 16",
     "copy_to_global": r"asynchronous copy of 16 bytes to 0x\w+, which is no shared memory",
     "too_much": "sB does not fit: variables of a fixed size have 49152 bytes of shared memory",
     "too_much_asked": "votes: 50000 bytes of dynamic shared memory, 49152 are allowed",

@@ -45,6 +45,9 @@ uint32_t ballot(uint32_t mask, bool predicate, Place place);
 enum class Shuffle { kIndex, kXor, kDown, kUp };
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int width, Place place);
 
+// All lanes of a warp come, each with something of its own; the last one calls finish with what lanes 0 to 31 brought.
+void together(const char* name, void* mine, void (*finish)(void* const* of_lanes), Place place);
+
 // One variable of shared memory: `key` is the address of something that exists once per declaration.
 void* shared_array(const void* key, const char* name, size_t bytes, size_t align);
 void* shared_dynamic(size_t align);
@@ -53,8 +56,8 @@ void* shared_dynamic(size_t align);
 enum class Access { kRead, kWrite };
 void access(Access kind, const void* address, size_t bytes, Place place);
 
-// cp.async: copies of one thread to shared memory, in groups that are waited for.
-void copy_async(void* to, const void* from, size_t bytes, Place place);
+// cp.async: copies of one thread to shared memory, in groups that are waited for; `read` bytes of it, then zeros.
+void copy_async(void* to, const void* from, size_t read, size_t bytes, Place place);
 void copy_commit();
 void copy_wait(int pending);
 
@@ -72,7 +75,7 @@ template <typename To, typename From>
 To bits_as(From from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
-    memcpy(&to, &from, sizeof to);
+    memcpy(static_cast<void*>(&to), &from, sizeof to);
     return to;
 }
 

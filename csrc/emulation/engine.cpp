@@ -70,8 +70,13 @@ std::map<const void*, int> shared_asked;  // cudaFuncAttributeMaxDynamicSharedMe
 struct Copy {
     void* to;
     const void* from;
-    size_t bytes;
+    size_t read, bytes;
     int group;
+
+    void make() const {
+        memcpy(to, from, read);
+        memset(static_cast<char*>(to) + read, 0, bytes - read);
+    }
 };
 
 struct Fiber : Thread {
@@ -712,6 +717,16 @@ uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int wi
     return me->bits;
 }
 
+void together(const char* name, void* mine, void (*finish)(void* const* of_lanes), Place place) {
+    const Unseen unseen;
+    self()->bits = reinterpret_cast<uint64_t>(mine);
+    meet(name, 0xffffffffu, place, [finish](Fiber* lanes) {
+        void* of_lanes[32];
+        for (int i = 0; i < 32; i++) of_lanes[i] = reinterpret_cast<void*>(lanes[i].bits);
+        finish(of_lanes);
+    });
+}
+
 void* shared_array(const void* key, const char* name, size_t bytes, size_t align) {
     const Unseen unseen;
     for (const SharedVariable& v : block->variables)
@@ -747,19 +762,21 @@ void access(Access, const void* address, size_t bytes, Place place) {
 
 // FIFO makes a copy at once, REVERSE when it is waited for, the others either; until then the place it goes to is poison. So
 // what is read too early, there or by a thread that no barrier tells, is wrong under some order.
-void copy_async(void* to, const void* from, size_t bytes, Place place) {
+void copy_async(void* to, const void* from, size_t read, size_t bytes, Place place) {
     access(Access::kRead, from, bytes, place);
+    if (read > bytes) fail(place, "an asynchronous copy of %zu bytes that reads %zu", bytes, read);
     const auto at = static_cast<unsigned char*>(to);
     if (at < block->shared || at + bytes > block->shared + kArena || (at - block->shared) % bytes)
         fail(place, "an asynchronous copy of %zu bytes to %p, which is no shared memory aligned to them", bytes, to);
-    record(__builtin_return_address(0), false, from, bytes);
+    if (read) record(__builtin_return_address(0), false, from, read);
     record(__builtin_return_address(0), true, to, bytes);
     const bool now = block->order == FIFO || (block->order != REVERSE && block->draw() % 2);
+    const Copy copy{to, from, read, bytes, self()->copy_group};
     if (now) {
-        memcpy(to, from, bytes);
+        copy.make();
     } else {
         memset(to, kPoison, bytes);
-        self()->copies.push_back({to, from, bytes, self()->copy_group});
+        self()->copies.push_back(copy);
     }
 }
 
@@ -768,7 +785,7 @@ void copy_commit() { self()->copy_group++; }
 void copy_wait(int pending) {
     Fiber* me = self();
     for (; !me->copies.empty() && me->copies.front().group < me->copy_group - pending; me->copies.pop_front())
-        memcpy(me->copies.front().to, me->copies.front().from, me->copies.front().bytes);
+        me->copies.front().make();
 }
 
 int launch(const void* kernel, dim3 grid, dim3 dim, size_t smem, Body body, const void* arguments) {

@@ -186,6 +186,89 @@ bool copied(const float* out) {
     }
     return right;
 }
+// What a thread does not copy is zero, whatever lay there.
+__global__ void copies_of_nothing(float* out) {
+    SMEM_DYN(sRaw, 16);
+    auto* sA = reinterpret_cast<float*>(sRaw);
+    const int t = threadIdx.x;
+    for (int i = 0; i < 4; i++) sA[4 * t + i] = out[4 * t + i] = 1;
+    ptx::cp_async_16_or_zeros(sA + 4 * t, out + 4 * t, t % 2 ? 16 : 0);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    for (int i = 0; i < 4; i++) out[4 * t + i] = sA[4 * t + i] == t % 2;
+}
+
+// A 16 x 16 matrix of numbers that tell row and column, whole and transposed, by lanes that read rows another lane wrote.
+template <bool kBarrier>
+__global__ void matrices(float* out) {
+    SMEM_DYN(sRaw, 16);
+    auto* sA = reinterpret_cast<uint16_t*>(sRaw);
+    const int t = threadIdx.x, row = t % 8 + t / 8 % 2 * 8, column = t / 16 * 8;
+    for (int i = t; i < 256; i += 32) sA[i] = uint16_t(i);
+    if (kBarrier) __syncwarp();
+    uint32_t whole[4], turned[4];
+    ptx::ldmatrix_x4(whole, sA + row * 16 + column);
+    ptx::ldmatrix_x4_trans(turned, sA + row * 16 + column);
+    const auto is = [](uint32_t two, uint32_t low, uint32_t high) { return two == (low | high << 16); };
+    bool right = true;
+    for (int m = 0; m < 4; m++) {
+        const int first = m % 2 * 8 * 16 + m / 2 * 8, g = t / 4, pair = t % 4 * 2;
+        right &= is(whole[m], first + g * 16 + pair, first + g * 16 + pair + 1);
+        right &= is(turned[m], first + pair * 16 + g, first + (pair + 1) * 16 + g);
+    }
+    out[t] = right;
+}
+__global__ void matrix_of_some(float* out) {
+    SMEM_DYN(sRaw, 16);
+    auto* sA = reinterpret_cast<uint16_t*>(sRaw);
+    uint32_t r[4];
+    if (threadIdx.x < 16) ptx::ldmatrix_x4(r, sA);
+    out[threadIdx.x] = 1;
+}
+__global__ void matrix_misaligned(float* out) {
+    SMEM_DYN(sRaw, 16);
+    auto* sA = reinterpret_cast<uint16_t*>(sRaw);
+    uint32_t r[4];
+    ptx::ldmatrix_x4(r, sA + 4);
+    out[threadIdx.x] = r[0];
+}
+
+// Small whole numbers, whose products and sums are exact in any order.
+template <typename T>
+__global__ void products(float* out) {
+    const auto a = [](int m, int k) { return float((3 * m + 5 * k) % 17 - 8); };
+    const auto b = [](int k, int n) { return float((7 * k + 2 * n) % 13 - 6); };
+    const auto pack = [](float low, float high) {
+        const T at[2] = {from_float<T>(low), from_float<T>(high)};
+        uint32_t two;
+        memcpy(&two, at, sizeof two);
+        return two;
+    };
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4 * 2;
+    uint32_t ra[4];
+    for (int i = 0; i < 4; i++) {
+        const int m = g + i % 2 * 8, k = t + i / 2 * 8;
+        ra[i] = pack(a(m, k), a(m, k + 1));
+    }
+    float c[4] = {1, 2, 3, 4};
+    ptx::mma_m16n8k16<T>(c, ra, pack(b(t, g), b(t + 1, g)), pack(b(t + 8, g), b(t + 9, g)));
+    bool right = true;
+    for (int i = 0; i < 4; i++) {
+        const int m = g + i / 2 * 8, n = t + i % 2;
+        float sum = float(i + 1);
+        for (int k = 0; k < 16; k++) sum += a(m, k) * b(k, n);
+        right &= c[i] == sum;
+    }
+    // what a sum has beyond fp32 is cut off, not rounded
+    for (float sign : {1.0f, -1.0f}) {
+        float d[4] = {sign, 0, 0, 0};
+        const uint32_t row[4] = {threadIdx.x == 0 ? pack(sign * 0x1p-12f, 0) : 0, 0, 0, 0};
+        ptx::mma_m16n8k16<T>(d, row, pack(0x1.8p-12f, 0), 0);
+        right &= threadIdx.x != 0 || d[0] == sign;
+    }
+    out[threadIdx.x] = right;
+}
+
 __global__ void copy_to_global(float* out) { ptx::cp_async_16(out, out + 4 * threadIdx.x); }
 
 struct Case {
@@ -206,6 +289,13 @@ const Case cases[] = {
     {"copies", copies<true, true>, 1, 64, 2048, copied},
     {"no_wait", copies<false, true>, 1, 64, 2048, copied},
     {"no_barrier_after_copy", copies<true, false>, 1, 64, 2048, copied},
+    {"copies_of_nothing", copies_of_nothing, 1, 32, 512, all_ones},
+    {"matrices", matrices<true>, 1, 32, 512, all_ones},
+    {"matrices_too_early", matrices<false>, 1, 32, 512, all_ones},
+    {"matrix_of_some", matrix_of_some, 1, 32, 512, all_ones},
+    {"matrix_misaligned", matrix_misaligned, 1, 32, 512, all_ones},
+    {"products_half", products<__half>, 1, 32, 0, all_ones},
+    {"products_bfloat", products<__nv_bfloat16>, 1, 32, 0, all_ones},
     {"copy_to_global", copy_to_global, 1, 32, 0, all_ones},
     {"reads_unwritten", reads_unwritten, 1, 32, 0, all_ones},
     {"past_the_end", past_the_end, 1, 32, 0, all_ones},
