@@ -10,6 +10,7 @@
 #include "binding.h"
 #include "launchers.h"
 
+void bind_attention(py::module_& m);
 void bind_layer_norm(py::module_& m);
 void bind_position(py::module_& m);
 void bind_softmax(py::module_& m);
@@ -17,7 +18,7 @@ void bind_softmax(py::module_& m);
 namespace {
 
 int prepare_kernels() {
-    for (auto prepare : {layer_norm_prepare, position_prepare, softmax_prepare})
+    for (auto prepare : {attention_prepare, layer_norm_prepare, position_prepare, softmax_prepare})
         if (const int code = prepare()) return code;
     return cudaSuccess;
 }
@@ -178,6 +179,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("sm_count", &sm_count, py::arg("device"));
     m.def("plain", &plain);
     m.def("describe", &describe, py::arg("tensor"));
+    bind_attention(m);
     bind_layer_norm(m);
     bind_position(m);
     bind_softmax(m);

@@ -100,6 +100,51 @@ struct SoftmaxStrides {
     int64_t a, b, m, n;
 };
 
+// (B, H, rows, width) of stride-1 width, each row on 16 bytes; stride_b is 0 for packed sequences. Strides in elements.
+struct HeadRows {
+    void* data;
+    int64_t stride_b, stride_h, stride_m;
+};
+
+// (B, H, rows) of stride-1 rows.
+struct HeadStats {
+    float* data;
+    int64_t stride_b, stride_h;
+};
+
+// (B, H, S_q, S_k), stride 0 where it is broadcast; null where there is none. A mask is bytes.
+struct Plane {
+    const void* data;
+    int64_t stride_b, stride_h, stride_m, stride_n;
+    Dtype dtype;
+};
+
+// All that happens between q.k and the product with v: logits softcap(scale * q.k) + bias - slope * |distance|, excluded by
+// mask, lengths and the band. Null means absent, a softcap of 0 none.
+struct AttentionRules {
+    Plane bias, mask;
+    const float* slopes;                  // (B, H)
+    int64_t slopes_stride_b, slopes_stride_h;
+    const int32_t *q_lens, *kv_lens;      // (B,), of padded sequences
+    const int32_t *cu_q, *cu_k;           // (B + 1,), of packed ones
+    RowDropout dropout;                   // its threshold is of 8 bits
+    int32_t B, H, group, S_q, S_k, D, Dv; // query head h reads key head h / group
+    int32_t left, right;                  // how far a key may lie before and after its query's position; -1: open
+    bool bottom_right;                    // whether the last query's position is the last key's
+    float scale, softcap;
+    Dtype dtype;                          // of q, k, v and o
+};
+
+// o, lse = log(sum of exp(logit), sink included), -inf where nothing is attended. D and Dv are multiples of 8 up to 256.
+struct AttentionFwd {
+    AttentionRules rules;
+    HeadRows q, k, v, o;
+    HeadStats lse;
+    const void* sinks;                    // (H,)
+    Dtype sinks_dtype;
+    int32_t max_seqlen_q;
+};
+
 extern "C" {
 
 int layer_norm_fwd(const LayerNormFwd* call, void* stream);
@@ -156,4 +201,8 @@ int softmax_bwd(const void* dy, const void* y, void* dx, SoftmaxStrides stride_d
 
 // Loads every kernel of softmax.cu onto the current device.
 int softmax_prepare();
+
+// dtype is 16 bits wide.
+int attention_fwd(const AttentionFwd* call, void* stream);
+int attention_prepare();
 }

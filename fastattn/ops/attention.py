@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backend, reference
+from fastattn.cuda.attention import attention_why_not
 
 OP = "attention"
 # bound at import, since fastattn.enable() puts ours there
@@ -81,10 +82,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         )
     except (ValueError, RuntimeError) as e:
         problem = str(e)
-        chosen = backend.choose(OP, {"triton": lambda *_: problem}, query)
+        chosen = backend.choose(OP, dict.fromkeys(WHY_NOT, lambda *_: problem), query)
     else:
         extras = (bias, mask, None, None, None, None, None, None)
-        chosen = backend.choose(OP, WHY_NOT, q, k, v, extras)
+        chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, False)
     if chosen == "torch":
         return stock_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -279,7 +280,7 @@ def _options(q, lengths, causal, window, softcap, dropout_p, scale):
 
 
 def _attend(q, k, v, extras, options, return_lse, return_weights):
-    chosen = backend.choose(OP, WHY_NOT, q, k, v, extras)
+    chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, return_weights)
     # The gradient of weights is taken by autograd within a backward, which Dynamo does not trace.
     untraceable = return_weights and torch.compiler.is_compiling() and backend.needs_grad(q, k, v, *extras)
     if chosen == "torch" or untraceable:
@@ -291,7 +292,9 @@ def _launch(chosen, q, k, v, extras, options, return_weights):
     # the kernels read rows of unit stride; only a view with another innermost stride is copied, as torch's own kernels do
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     bias, mask, alibi_slopes, sinks, *lengths = extras
-    lengths = [t if t is None else t.to(torch.int32) for t in lengths]
+    # few numbers, which the kernels read without a stride
+    lengths = [t if t is None else t.to(torch.int32).contiguous() for t in lengths]
+    sinks = sinks if sinks is None else sinks.contiguous()
     alibi_slopes = alibi_slopes if alibi_slopes is None else alibi_slopes.float()
     seed = backend.draw_seed(q) if options[6] > 0 else None
     operands = (q, k, v, bias, mask, alibi_slopes, sinks, *lengths, seed)
@@ -513,7 +516,7 @@ def _pairs(q, k):
     return math.prod(q[:3]) * k[2] if len(q) == 4 else q[1] * q[0] * k[0]
 
 
-def _triton_why_not(q, k, v, extras):
+def _triton_why_not(q, k, v, extras, return_weights):
     bias, mask, alibi_slopes, sinks, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k = extras
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"head dims up to 256 are served, q has {q.shape[-1]} and v has {v.shape[-1]}"
@@ -524,4 +527,4 @@ def _triton_why_not(q, k, v, extras):
     return backend.triton_why_not(q, k, v, *extras)
 
 
-WHY_NOT = {"triton": _triton_why_not}
+WHY_NOT = {"cuda": attention_why_not, "triton": _triton_why_not}

@@ -1,0 +1,537 @@
+// Attention of 16-bit q, k, v on the tensor cores that every GPU from sm_80 up has, never storing the S_q x S_k matrix.
+//
+//   s = softcap(scale * q k^T) + bias - slope * |distance|,  -inf where a pair is excluded;  distance = i + shift - j
+//   p = exp(s - lse),  lse = log(sum_j exp(s_ij) + exp(sink));  o = dropout(p) v
+//
+// Forward: a block owns kWarps * kTiles * 16 queries of one head, a warp kTiles * 16 of them, and walks over the keys kKeys
+// at a time with an online softmax: when a row's running maximum m grows, its sum l and its accumulator shrink by
+// exp(m_old - m_new). q stays in shared memory, or in registers where it takes 32 of them; tiles of k and v arrive in turn
+// through a ring of asynchronous copies, kSlots - 1 of them ahead of the one in use. The middle of the walk is clean, tiles
+// in which every pair is allowed; others pay for a comparison an element. The accumulator, 16 to 128 registers, shrinks
+// only where some row of the warp has a new maximum. q, k, v are read, o and lse written.
+//
+// Shared memory holds rows of kD elements in pieces of 16 bytes, piece c of row r at c ^ (r % 8): what ldmatrix reads and
+// what copies write then meets no bank twice. m, l and every accumulator are fp32, p is rounded to v's dtype. Logits are in
+// units of log2, and where nothing is added to them the scale folds into the exponent: one multiply-add an element.
+// Online softmax: Milakov and Gimelshein, arXiv 1805.02867; the tiling: Dao, arXiv 2307.08691.
+
+#include "rt.cuh"
+
+#include "launchers.h"
+#include "philox.cuh"
+#include "ptx.cuh"
+
+namespace {
+
+constexpr uint32_t kAll = 0xffffffffu;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f, kFloatMax = 3.40282347e38f;
+
+__device__ inline int clamp(int v, int low, int high) { return v < low ? low : v > high ? high : v; }
+__device__ inline int round_up(int v, int to) { return (v + to - 1) / to * to; }
+
+// Where sequence b lies in a dim of `size`, the rows it owns and those that count. Wrong values never point outside.
+// Padded sequences own their padding, which the outputs fill; packed ones do not own their neighbours.
+struct Sequence {
+    int start, owned, length;
+
+    __device__ Sequence(const int32_t* lens, const int32_t* cu, int b, int size) : start(0), owned(size) {
+        if (cu) {
+            start = clamp(cu[b], 0, size);
+            owned = clamp(cu[b + 1], start, size) - start;
+        }
+        length = lens ? clamp(lens[b], 0, size) : owned;
+    }
+};
+
+// What the rules say of one batch b and head h.
+struct Place {
+    int b, h;
+    Sequence q, k;
+    int shift;
+
+    __device__ Place(const AttentionRules& r, int bh)
+        : b(bh / r.H), h(bh % r.H), q(r.q_lens, r.cu_q, b, r.S_q), k(r.kv_lens, r.cu_k, b, r.S_k),
+          shift(r.bottom_right ? k.length - q.length : 0) {}
+};
+
+// Bounds of a walk over positions x < length for positions t in [first, last) of which those below `owned` count: a pair
+// needs t + shift - back <= x <= t + shift + ahead, where they are not negative. In [clean_lo, clean_hi) all pairs of a
+// tile are allowed; a range that reaches past `owned` has no such tile.
+struct Walk {
+    int lo, clean_lo, clean_hi, hi;
+
+    template <int kBlock>
+    __device__ static Walk over(int first, int last, int owned, int length, int shift, int back, int ahead) {
+        Walk w{0, 0, 0, 0};
+        if (first >= owned) return w;
+        w.hi = length;
+        w.clean_hi = last <= owned ? length / kBlock * kBlock : 0;
+        last = min(last, owned);
+        if (ahead >= 0) {
+            w.hi = min(w.hi, max(last + shift + ahead, 0));
+            w.clean_hi = min(w.clean_hi, max(first + shift + ahead + 1, 0) / kBlock * kBlock);
+        }
+        if (back >= 0) {
+            w.lo = max(first + shift - back, 0) / kBlock * kBlock;
+            w.clean_lo = min(round_up(max(last - 1 + shift - back, 0), kBlock), w.hi);
+        }
+        return w;
+    }
+
+    __device__ bool clean(int x) const { return x >= clean_lo && x < clean_hi; }
+};
+
+// Element at row, piece of 8 elements, in shared memory.
+template <int kD>
+__device__ int swizzled(int row, int piece) {
+    return row * kD + ((piece ^ (row & 7)) << 3);
+}
+
+// The same `rows` rows, a multiple of 8, and `pieces` pieces, an even number, on from the one of piece 0 or 1 at `at`.
+template <int kD>
+__device__ int onwards(int at, int rows, int pieces) {
+    return (at ^ pieces % 8 * 8) + rows * kD + pieces / 8 * 64;
+}
+
+template <typename T>
+__device__ T* head(const HeadRows& rows, int b, int h, int start) {
+    return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + start * rows.stride_m;
+}
+
+__device__ inline float* head(const HeadStats& stats, int b, int h, int start) {
+    return stats.data + b * stats.stride_b + h * stats.stride_h + start;
+}
+
+// Rows first .. first + kRows of a head on their way to shared memory; zeros from row `end` and from column `width` on.
+// Eight threads take 128 bytes of a row, so that all that a thread copies lies at one place of the swizzle.
+template <int kRows, int kD, int kThreads, typename T>
+__device__ void copy_rows(T* to, const T* from, int64_t stride, int first, int end, int width) {
+    constexpr int kStep = kThreads / 8;
+    static_assert(kRows % kStep == 0 && kStep % 8 == 0 && kD % 64 == 0);
+    const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+    to += swizzled<kD>(row, piece);
+    from += (first + row) * stride + piece * 8;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; i++)
+#pragma unroll
+        for (int j = 0; j < kD / 64; j++) {
+            const bool inside = first + row + i * kStep < end && piece * 8 + j * 64 < width;
+            ptx::cp_async_16_or_zeros(to + i * kStep * kD + j * 64, from + i * kStep * stride + j * 64, inside ? 16 : 0);
+        }
+}
+
+template <typename T>
+__device__ uint32_t pack(float low, float high);
+template <>
+__device__ inline uint32_t pack<__half>(float low, float high) {
+    const __half2 two = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+template <>
+__device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+// A warp's share of a product: c[j][e] is row lane / 4 + e / 2 * 8, column 8 j + lane % 4 * 2 + e % 2.
+template <int kColumns>
+using Fragment = float[kColumns / 8][4];
+
+// Where this lane reads of a tile of rows of kD elements, for the three kinds of operand that ldmatrix fetches: the left one,
+// 16 rows by 16 columns; two right ones of a product with the transposed, 16 rows which are their columns; and two right
+// ones as they lie, 16 rows by 8 columns and the next 8.
+template <int kD>
+__device__ int left_lane() {
+    return swizzled<kD>(threadIdx.x % 16, threadIdx.x % 32 / 16);
+}
+template <int kD>
+__device__ int transposed_lane() {
+    return swizzled<kD>(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
+}
+template <int kD>
+__device__ int right_lane() {
+    return left_lane<kD>();
+}
+
+// Near 0, where 1 - e^-2x would cancel, an odd polynomial (3 ulp at most).
+__device__ inline float precise_tanh(float x) {
+    const float z = x * x;
+    if (z < 0.25f) return x + x * z * (-0.3333331f + z * (0.13330476f + z * (-0.053387105f + z * 0.01798873f)));
+    const float e = ptx::exp2(fabsf(x) * (-2.0f * kLog2e));
+    const float t = __fdividef(1.0f - e, 1.0f + e);
+    return x < 0 ? -t : t;
+}
+
+template <typename Body>
+__device__ void with_dtype(Dtype dtype, Body body) {
+    if (dtype == kFloat16)
+        body(__half{});
+    else if (dtype == kBFloat16)
+        body(__nv_bfloat16{});
+    else
+        body(float{});
+}
+
+// q.k of row m (and m + 8) and keys n + 8 j, + 1 to logits in units of log2, but for lengths and the band. Tiles that are
+// not clean may reach outside the planes.
+template <int kKeys>
+__device__ void to_logits(Fragment<kKeys>& s, const AttentionRules& r, const Place& at, int m, int n, bool clean) {
+    const auto each = [&](auto visit) {
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) visit(s[j][e], m + e / 2 * 8, n + 8 * j + e % 2);
+    };
+    const float scale = r.softcap > 0 ? r.scale / r.softcap : r.scale * kLog2e;
+    each([&](float& v, int, int) { v *= scale; });
+    if (r.softcap > 0) {
+        const float cap = r.softcap * kLog2e;
+        each([&](float& v, int, int) { v = precise_tanh(v) * cap; });
+    }
+    const auto inside = [&](int row, int key) { return clean || (row < at.q.length && key < at.k.length); };
+    if (r.bias.data)
+        with_dtype(r.bias.dtype, [&](auto zero) {
+            using B = decltype(zero);
+            const B* bias = static_cast<const B*>(r.bias.data) + at.b * r.bias.stride_b + at.h * r.bias.stride_h;
+            each([&](float& v, int row, int key) {
+                if (!inside(row, key)) return;
+                const float b = to_float(bias[row * r.bias.stride_m + key * r.bias.stride_n]);
+                // only a true -inf excludes: the lowest finite number times log2(e) must not become one
+                v += b == -INFINITY ? b : fmaxf(b * kLog2e, -kFloatMax);
+            });
+        });
+    if (r.slopes) {
+        const float slope = r.slopes[at.b * r.slopes_stride_b + at.h * r.slopes_stride_h] * kLog2e;
+        each([&](float& v, int row, int key) { v -= slope * fabsf(static_cast<float>(row + at.shift - key)); });
+    }
+    if (r.mask.data) {
+        const auto* mask = static_cast<const uint8_t*>(r.mask.data) + at.b * r.mask.stride_b + at.h * r.mask.stride_h;
+        each([&](float& v, int row, int key) {
+            if (inside(row, key) && !mask[row * r.mask.stride_m + key * r.mask.stride_n]) v = -INFINITY;
+        });
+    }
+}
+
+// Excludes what lies outside the sequences or the band.
+template <int kKeys>
+__device__ void exclude(Fragment<kKeys>& s, const AttentionRules& r, const Place& at, int m, int n) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = m + half * 8;
+        const int first = r.left < 0 ? 0 : row + at.shift - r.left;
+        int end = r.right < 0 ? at.k.length : min(at.k.length, row + at.shift + r.right + 1);
+        if (row >= at.q.length) end = first;
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; e++) {
+                const int key = n + 8 * j + e % 2;
+                if (key < first || key >= end) s[j][e] = -INFINITY;
+            }
+    }
+}
+
+// Drops what reference.dropout_mask drops of rows m, m + 8 and keys n + 8 j, + 1: one draw a lane serves two of its j.
+template <int kKeys>
+__device__ void drop(Fragment<kKeys>& p, const AttentionRules& r, const Place& at, int m, int n) {
+    const RowDropoutKey key = row_dropout_key(r.dropout);
+    const uint32_t row_group = m / 16 * 4 + m % 8 / 2;
+#pragma unroll
+    for (int square = 0; square < kKeys / 16; square++) {
+        const uint32_t key_group = (n / 16 + square) * 4 + n % 8 / 2;
+        const auto [words] = philox4x32_7(key.key, static_cast<uint32_t>(at.b * r.H + at.h), row_group, key_group, key.offset);
+        const uint32_t even = m & 1 ? words[2] : words[0], odd = m & 1 ? words[3] : words[1];
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const uint32_t draw = (e % 2 ? odd : even) >> 8 * (e / 2 * 2 + j) & 0xff;
+                if (draw < key.threshold) p[2 * square + j][e] = 0;
+            }
+    }
+}
+
+// Over the four lanes that share a row.
+template <typename Op>
+__device__ float over_row(float v, Op op) {
+    v = op(v, __shfl_xor_sync(kAll, v, 1));
+    return op(v, __shfl_xor_sync(kAll, v, 2));
+}
+
+// A warp's 16 rows from row m of a head: through `staging`, which no other warp touches, to 16-byte stores.
+template <int kD, typename T>
+__device__ void store_rows(const Fragment<kD>& rows, T* staging, T* to, int64_t stride, int m, int end, int width) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kD / 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            T* at = staging + swizzled<kD>(lane / 4 + half * 8, j) + lane % 4 * 2;
+            *reinterpret_cast<uint32_t*>(at) = pack<T>(rows[j][2 * half], rows[j][2 * half + 1]);
+        }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * kD / 8 / 32; i++) {
+        const int row = (i * 32 + lane) / (kD / 8), piece = (i * 32 + lane) % (kD / 8);
+        if (m + row >= end || piece * 8 >= width) continue;
+        const T* at = staging + swizzled<kD>(row, piece);
+        READS(at, 16);
+        __stwb(reinterpret_cast<uint4*>(to + (m + row) * stride + piece * 8), *reinterpret_cast<const uint4*>(at));
+    }
+}
+
+constexpr int kSlots = 3;  // tiles of k or v that the ring holds
+
+template <typename T>
+constexpr int fwd_shared_memory(int D, int queries, int keys) {
+    return (queries + kSlots * keys) * D * static_cast<int>(sizeof(T));
+}
+
+// kRich: with whatever to_logits and drop do beyond a positive scale.
+template <typename T, int kD, int kWarps, int kTiles, int kKeys, bool kRich>
+__global__ void __launch_bounds__(kWarps * 32) attention_fwd_kernel(const AttentionFwd a) {
+    constexpr int kThreads = kWarps * 32, kQueries = kWarps * kTiles * 16;
+    constexpr bool kHeld = kTiles * kD / 4 <= 32;
+    SMEM_DYN(smem, 128);
+    T* const sQ = reinterpret_cast<T*>(smem);  // (kQueries, kD)
+    T* const sRing = sQ + kQueries * kD;       // (kSlots, kKeys, kD)
+    const AttentionRules& r = a.rules;
+    const int tiles_m = (a.max_seqlen_q + kQueries - 1) / kQueries;
+    const Place at(r, blockIdx.x / tiles_m);
+    // A head's last queries first: under a causal mask they have the most keys, and the light tiles fill the tail.
+    const int m0 = (tiles_m - 1 - static_cast<int>(blockIdx.x % tiles_m)) * kQueries;
+    if (m0 >= at.q.owned) return;
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kTiles * 16;
+    const int m = m0 + warp_row + lane / 4;  // this lane's first row
+
+    const Walk walk = Walk::over<kKeys>(m0, m0 + kQueries, at.q.length, at.k.length, at.shift, r.left, r.right);
+    const int steps = walk.hi > walk.lo ? (walk.hi - walk.lo + kKeys - 1) / kKeys : 0;
+    const T* const k = head<T>(a.k, at.b, at.h / r.group, at.k.start);
+    const T* const v = head<T>(a.v, at.b, at.h / r.group, at.k.start);
+    // Tile t of the walk, k and v in turn; a group even where there is none.
+    const auto fetch = [&](int t) {
+        T* const to = sRing + t % kSlots * (kKeys * kD);
+        const int n0 = walk.lo + t / 2 * kKeys;
+        if (t < 2 * steps && t % 2 == 0) copy_rows<kKeys, kD, kThreads>(to, k, a.k.stride_m, n0, at.k.length, r.D);
+        if (t < 2 * steps && t % 2 == 1) copy_rows<kKeys, kD, kThreads>(to, v, a.v.stride_m, n0, at.k.length, r.Dv);
+        ptx::cp_async_commit();
+    };
+    // Waits for tile t, and then reuses the slot of the one before it.
+    const auto arrive = [&](int t) -> const T* {
+        ptx::cp_async_wait<kSlots - 2>();
+        __syncthreads();
+        fetch(t + kSlots - 1);
+        return sRing + t % kSlots * (kKeys * kD);
+    };
+    if (steps > 0) {
+        const T* const q = head<T>(a.q, at.b, at.h, at.q.start);
+        copy_rows<kQueries, kD, kThreads>(sQ, q, a.q.stride_m, m0, at.q.length, r.D);
+        for (int t = 0; t < kSlots - 1; t++) fetch(t);
+    }
+
+    const T* const sWarpQ = sQ + warp_row * kD;
+    const int left = left_lane<kD>(), transposed = transposed_lane<kD>(), right = right_lane<kD>();
+    uint32_t rQ[kHeld ? kTiles : 1][kHeld ? kD / 16 : 1][4];
+    Fragment<kD> acc[kTiles] = {};
+    float top[kTiles][2], sum[kTiles][2];  // a row's maximum so far; this lane's share of its sum
+    float sink = -INFINITY;
+    if (a.sinks)  // a logit without a value
+        with_dtype(a.sinks_dtype, [&](auto zero) { sink = to_float(static_cast<const decltype(zero)*>(a.sinks)[at.h]) * kLog2e; });
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            top[i][half] = sink;
+            sum[i][half] = sink > -INFINITY && lane % 4 == 0 ? 1.0f : 0.0f;
+        }
+    const float factor = kRich ? 1.0f : r.scale * kLog2e;
+
+    for (int step = 0; step < steps; step++) {
+        const T* const sK = arrive(2 * step);
+        const int n0 = walk.lo + step * kKeys, n = n0 + lane % 4 * 2;  // this lane's first key
+        if (kHeld && step == 0) {
+#pragma unroll
+            for (int i = 0; i < kTiles; i++)
+#pragma unroll
+                for (int kk = 0; kk < kD / 16; kk++)
+                    ptx::ldmatrix_x4(rQ[kHeld ? i : 0][kHeld ? kk : 0], sWarpQ + onwards<kD>(left, i * 16, 2 * kk));
+        }
+        Fragment<kKeys> s[kTiles] = {};
+#pragma unroll
+        for (int kk = 0; kk < kD / 16; kk++) {
+            uint32_t q[kTiles][4];
+            if (!kHeld)
+#pragma unroll
+                for (int i = 0; i < kTiles; i++) ptx::ldmatrix_x4(q[i], sWarpQ + onwards<kD>(left, i * 16, 2 * kk));
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; j += 2) {
+                uint32_t keys[4];
+                ptx::ldmatrix_x4(keys, sK + onwards<kD>(transposed, j * 8, 2 * kk));
+#pragma unroll
+                for (int i = 0; i < kTiles; i++) {
+                    const auto& queries = kHeld ? rQ[kHeld ? i : 0][kHeld ? kk : 0] : q[i];
+                    ptx::mma_m16n8k16<T>(s[i][j], queries, keys[0], keys[1]);
+                    ptx::mma_m16n8k16<T>(s[i][j + 1], queries, keys[2], keys[3]);
+                }
+            }
+        }
+
+        const bool clean = walk.clean(n0);
+#pragma unroll
+        for (int i = 0; i < kTiles; i++) {
+            if (kRich) to_logits<kKeys>(s[i], r, at, m + i * 16, n, clean);
+            if (!clean) exclude<kKeys>(s[i], r, at, m + i * 16, n);
+            float shrink[2];
+            bool grew = false;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float most = -INFINITY;
+#pragma unroll
+                for (int j = 0; j < kKeys / 8; j++) most = fmaxf(most, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
+                most = over_row(most, [](float a, float b) { return fmaxf(a, b); });
+                const float now = fmaxf(top[i][half], most * factor);
+                const float used = now == -INFINITY ? 0.0f : now;  // while nothing is attended, -inf - -inf would be NaN
+                shrink[half] = ptx::exp2(top[i][half] - used);
+                grew |= now > top[i][half];
+                top[i][half] = now;
+                float more = 0;
+#pragma unroll
+                for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        s[i][j][e] = ptx::exp2(fmaf(s[i][j][e], factor, -used));
+                        more += s[i][j][e];
+                    }
+                sum[i][half] = sum[i][half] * shrink[half] + more;
+            }
+            if (kRich && r.dropout.seed) drop<kKeys>(s[i], r, at, m + i * 16, n);
+            if (__any_sync(kAll, grew)) {
+#pragma unroll
+                for (int j = 0; j < kD / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) acc[i][j][e] *= shrink[e / 2];
+            }
+        }
+
+        const T* const sV = arrive(2 * step + 1);
+#pragma unroll
+        for (int kk = 0; kk < kKeys / 16; kk++) {
+            uint32_t p[kTiles][4];
+#pragma unroll
+            for (int i = 0; i < kTiles; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const auto& two = s[i][2 * kk + e / 2];
+                    p[i][e] = pack<T>(two[e % 2 * 2], two[e % 2 * 2 + 1]);
+                }
+#pragma unroll
+            for (int j = 0; j < kD / 8; j += 2) {
+                uint32_t values[4];
+                ptx::ldmatrix_x4_trans(values, sV + onwards<kD>(right, kk * 16, j));
+#pragma unroll
+                for (int i = 0; i < kTiles; i++) {
+                    ptx::mma_m16n8k16<T>(acc[i][j], p[i], values[0], values[1]);
+                    ptx::mma_m16n8k16<T>(acc[i][j + 1], p[i], values[2], values[3]);
+                }
+            }
+        }
+    }
+
+    T* const o = head<T>(a.o, at.b, at.h, at.q.start);
+    float* const lse = head(a.lse, at.b, at.h, at.q.start);
+    const float rescale = r.dropout.seed ? r.dropout.rescale : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kTiles; i++) {
+        float share[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = m + i * 16 + half * 8;
+            const float whole = over_row(sum[i][half], [](float a, float b) { return a + b; });
+            const bool attended = whole > 0 && row < at.q.length;
+            share[half] = attended ? rescale / whole : 0.0f;
+            if (lane % 4 == 0 && row < at.q.owned) lse[row] = attended ? (top[i][half] + log2f(whole)) * kLn2 : -INFINITY;
+        }
+#pragma unroll
+        for (int j = 0; j < kD / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[i][j][e] = share[e / 2] == 0 ? 0.0f : acc[i][j][e] * share[e / 2];
+        store_rows<kD>(acc[i], sQ + (warp_row + i * 16) * kD, o, a.o.stride_m, m0 + warp_row + i * 16, at.q.owned, r.Dv);
+    }
+}
+
+// The row of the first width that is not below the wider head dim serves a call.
+struct Forward {
+    int widest;
+    void (*kernel)(AttentionFwd);
+    int warps, queries, shared;
+};
+
+template <typename T, int kD, int kWarps, int kTiles, int kKeys, bool kRich>
+constexpr Forward forward_row() {
+    constexpr int kQueries = kWarps * kTiles * 16;
+    return {kD, attention_fwd_kernel<T, kD, kWarps, kTiles, kKeys, kRich>, kWarps, kQueries,
+            fwd_shared_memory<T>(kD, kQueries, kKeys)};
+}
+
+constexpr int kWidths = 4;
+
+// Not measured yet. Every row fits into the 99 KB that a block has on sm_86, sm_89 and sm_120.
+template <typename T, bool kRich>
+const Forward (&forward_table())[kWidths] {
+    static const Forward table[] = {
+        forward_row<T, 64, 4, kRich ? 1 : 2, 64, kRich>(),
+        forward_row<T, 128, 4, kRich ? 1 : 2, kRich ? 64 : 32, kRich>(),
+        forward_row<T, 192, 4, 1, 32, kRich>(),
+        forward_row<T, 256, 4, 1, 32, kRich>(),
+    };
+    return table;
+}
+
+template <typename T>
+int forward(const AttentionFwd& a, void* stream) {
+    const AttentionRules& r = a.rules;
+    const bool rich = r.bias.data || r.mask.data || r.slopes || r.dropout.seed || r.softcap > 0 || !(r.scale > 0);
+    const auto& table = rich ? forward_table<T, true>() : forward_table<T, false>();
+    const int width = r.D > r.Dv ? r.D : r.Dv;
+    const Forward* row = table;
+    while (row->widest < width) row++;
+    const int64_t grid = int64_t{r.B} * r.H * ((a.max_seqlen_q + row->queries - 1) / row->queries);
+    if (grid == 0) return cudaSuccess;
+    if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
+    return KLAUNCH(row->kernel, static_cast<unsigned>(grid), row->warps * 32, row->shared, stream, a);
+}
+
+template <typename Body>
+int with_half(int dtype, Body body) {
+    return dtype == kFloat16 ? body(__half{}) : body(__nv_bfloat16{});
+}
+
+template <typename Row>
+int load_kernels(const Row (&table)[kWidths]) {
+    cudaFuncAttributes attributes;
+    for (const Row& row : table) {
+        const auto* kernel = reinterpret_cast<const void*>(row.kernel);
+        int code = cudaFuncGetAttributes(&attributes, kernel);
+        if (code == cudaSuccess) code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, row.shared);
+        if (code != cudaSuccess) return code;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace
+
+extern "C" int attention_fwd(const AttentionFwd* call, void* stream) {
+    return with_half(call->rules.dtype, [&](auto zero) { return forward<decltype(zero)>(*call, stream); });
+}
+
+extern "C" int attention_prepare() {
+    for (int dtype : {kFloat16, kBFloat16}) {
+        const int code = with_half(dtype, [](auto zero) {
+            const int plain = load_kernels(forward_table<decltype(zero), false>());
+            return plain == cudaSuccess ? load_kernels(forward_table<decltype(zero), true>()) : plain;
+        });
+        if (code != cudaSuccess) return code;
+    }
+    return cudaSuccess;
+}
