@@ -5,7 +5,7 @@ from fastattn.backend import explain, use_backend
 from fastattn.cuda import warmup
 from fastattn.integrations import await_transformers
 from fastattn.reroute import accelerated, disable, enable
-from fastattn.swap import Report, patch, unpatch
+from fastattn.swap import Report, patch, rerouted, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "functional",
     "nn",
     "patch",
+    "rerouted",
     "unpatch",
     "use_backend",
     "warmup",

@@ -23,11 +23,19 @@ from rich.table import Table
 from torch import nn as stock
 
 from fastattn import backend, nn
+from fastattn.reroute import accelerated
 
 TARGETS = {
     getattr(stock, name): getattr(nn, name)
     for name in ("LayerNorm", "RMSNorm", "Softmax", "LogSoftmax", "MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
 }  # fmt: skip
+# Classes of libraries that need not be here. Their forward stays theirs, and what it calls is brought to ours.
+REROUTED = (
+    "timm.layers.attention.Attention",
+    "timm.layers.norm.LayerNorm",
+    "timm.models.vision_transformer.Attention",  # as older ones have it
+    "diffusers.models.attention_processor.Attention",  # whichever processor it holds
+)
 # Each has a module of its name in fastattn.integrations, with targets() and attach().
 LIBRARIES = ("transformers",)
 # On a patched module: {"__class__": (before, after), attribute: (was in __dict__, before)}.
@@ -35,11 +43,18 @@ BEFORE = "_before_fastattn"
 ALIKE = re.compile("LayerNorm|RMSNorm|Softmax|Attention")
 
 
+def rerouted(self, *args, **kwargs):
+    """A forward for `extra`: the class's own, whose calls of torch's attention, norms and softmax run on fastattn."""
+    with accelerated():
+        return type(self).made_of[0].forward(self, *args, **kwargs)
+
+
 def patch(model, *, strict=False, extra=None, out_dtype=None):
     """Swap the modules of `model` that fastattn knows for its own, in place; returns a Report, which prints as a table.
 
-    Known: the classes of TARGETS, those of transformers where it is imported, and `extra`, {class: subclass of it, or a
-    function to be its forward}. A module counts if its type is exactly one of these. out_dtype="input" has norms and
+    Known: the classes of TARGETS and REROUTED, those of transformers where it is imported, and `extra`, {class: subclass of
+    it, or a function to be its forward}; `fastattn.rerouted` is one that serves every class whose forward calls torch's
+    attention, norms or softmax. A module counts if its type is exactly one of these. out_dtype="input" has norms and
     softmaxes return their input's dtype under an autocast that would give fp32.
 
     Where nothing was there to swap, warns, or raises RuntimeError if strict. A second patch changes nothing more.
@@ -54,7 +69,9 @@ def patch(model, *, strict=False, extra=None, out_dtype=None):
     if out_dtype not in (None, "input"):
         raise ValueError(f'patch: out_dtype is {out_dtype!r}, must be None (as torch) or "input"')
     integrations = _integrations()
-    targets = TARGETS.copy()
+    targets = TARGETS | {
+        kind: with_forward(kind, rerouted) for kind in map(type, model.modules()) if _dotted(kind) in REROUTED
+    }
     for integration in integrations:
         targets |= integration.targets()
     extra = {cls: _replacement(cls, wanted) for cls, wanted in (extra or {}).items()}
@@ -193,7 +210,7 @@ class Report:
 
 def _visit(report, name, module, targets):
     kind = type(module)
-    if isinstance(module, tuple(targets.values())):
+    if "__class__" in module.__dict__.get(BEFORE, ()) or isinstance(module, tuple(targets.values())):
         report.already += 1
     elif kind in targets:
         if "forward" in module.__dict__:  # accelerate's hooks, Liger's instance patch
@@ -224,7 +241,11 @@ def _why_left(module, targets):
         return "parametrised: its weights are computed by its class, which a swap would lose"
     if kind.__module__.startswith(("torch.ao.", "torch.nn.quantized", "torchao.")):
         return "quantised"
-    return f"a subclass of {near.__name__}, which may compute something else; extra={{{kind.__name__}: ...}} swaps it"
+    return f"a subclass of {near.__name__}, which may compute something else; {_ways_for(kind)}"
+
+
+def _ways_for(kind):
+    return f"extra={{{kind.__name__}: fastattn.rerouted}} brings what it calls to fastattn"
 
 
 def _list_alike(report, model):
@@ -240,8 +261,7 @@ def _list_alike(report, model):
             and name not in listed
             and not any(s.startswith(f"{name}.") for s in swapped)
         ):
-            reason = f"not a class that fastattn knows; extra={{{kind.__name__}: ...}} swaps it"
-            report.skipped.append((name, kind, reason))
+            report.skipped.append((name, kind, f"not a class that fastattn knows; {_ways_for(kind)}"))
 
 
 def _integrations():

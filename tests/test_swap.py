@@ -246,7 +246,7 @@ NEAR_MISSES = {
     "quantised": (quantised, "quantised"),
     "scripted": (scripted, "scripted"),
     "forward on the instance": (hooked, "forward was replaced on the instance"),
-    "a class of that name": (lambda: AlikeLayerNorm(E), "extra={AlikeLayerNorm: ...}"),
+    "a class of that name": (lambda: AlikeLayerNorm(E), "extra={AlikeLayerNorm: fastattn.rerouted}"),
 }
 
 
@@ -295,7 +295,7 @@ def test_a_sharded_leaf_is_left_and_listed(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wanted", [FastAlike, fast_alike])
+@pytest.mark.parametrize("wanted", [FastAlike, fast_alike, fastattn.rerouted])
 def test_extra_takes_a_subclass_or_a_forward(wanted):
     model, x = nn.Sequential(AlikeLayerNorm(E), nn.Linear(E, E)).to(DEVICE), rand(3, E)
     y = model(x)
@@ -308,6 +308,75 @@ def test_extra_takes_a_subclass_or_a_forward(wanted):
         assert type(other[0]) is type(model[0])
         fastattn.unpatch(other)
         assert type(other[0]) is AlikeLayerNorm and torch.equal(other(x), y)
+
+
+def library_class(dotted, base=nn.Module, **members):
+    """As a library would define it; patch knows these classes by their names alone."""
+    module, _, name = dotted.rpartition(".")
+    return type(name, (base,), members | {"__module__": module})
+
+
+def vit_attention(self, x):
+    q, k, v = self.qkv(x).view(*x.shape[:2], 3, H, E // H).permute(2, 0, 3, 1, 4)
+    return nn.functional.scaled_dot_product_attention(self.q_norm(q), k, v).transpose(1, 2).flatten(2)
+
+
+def processed(self, x):
+    return self.processor(self, x)
+
+
+class Processor:
+    def __call__(self, attn, x):
+        return (x @ x.transpose(-1, -2)).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("dotted", swap.REROUTED)
+def test_classes_of_other_libraries_keep_their_forward(dotted):
+    if dotted.startswith("diffusers"):
+        model, op = library_class(dotted, forward=processed)(), "softmax"
+        model.processor = Processor()
+    elif dotted.endswith("LayerNorm"):
+        model, op = (
+            library_class(dotted, nn.LayerNorm, forward=lambda self, x: nn.functional.layer_norm(x, (E,)))(E),
+            "layer_norm",
+        )
+    else:
+        model, op = library_class(dotted, forward=vit_attention)(), "attention"
+        model.qkv, model.q_norm = nn.Linear(E, 3 * E), nn.Identity()
+    model, x = nn.Sequential(model.to(DEVICE)), rand(2, 17, E)  # a class token: an odd length
+    y = model(x)
+    assert not fastattn.patch(model, strict=True).skipped
+    assert counted(lambda: torch.testing.assert_close(model(x), y)) == {(op, "torch"): 1}
+    assert fastattn.patch(model, strict=True).already == 1
+    other = copy.deepcopy(model)
+    assert counted(lambda: other(x)) == {(op, "torch"): 1}
+    with torch.no_grad(), fastattn.use_backend("triton"):
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+    fastattn.unpatch(model)
+    assert torch.equal(model(x), y) and not counted(lambda: model(x))
+
+
+def computes_the_same_by(op, module):
+    model, x = nn.Sequential(module).to(DEVICE).eval(), rand(2, 17, E)
+    y = model(x)
+    fastattn.patch(model, strict=True)
+    assert (op, "torch") in counted(lambda: torch.testing.assert_close(model(x), y))
+
+
+def test_timm_itself():
+    attention = pytest.importorskip("timm.layers.attention", exc_type=ImportError).Attention
+    computes_the_same_by("attention", attention(E, H))
+    computes_the_same_by(
+        "attention", attention(E, H, qk_norm=True, scale_norm=True, gated=True, norm_layer=nn.LayerNorm)
+    )
+    unfused = attention(E, H)
+    unfused.fused_attn = False
+    computes_the_same_by("softmax", unfused)
+
+
+def test_diffusers_itself():
+    attention = pytest.importorskip("diffusers.models.attention_processor", exc_type=ImportError).Attention
+    computes_the_same_by("attention", attention(E, heads=H, dim_head=E // H))
 
 
 def test_extra_that_fits_nothing_is_said():
