@@ -350,6 +350,21 @@ def test_t5_has_a_position_bias():
     assert_close(*({"loss": m(**inputs).loss, "logits": m(**inputs).logits} for m in (mine, eager)))
 
 
+def test_a_model_without_sdpa_gets_the_masks_of_eager():
+    """Its decoder has no flag that says it is causal, so that it would see what is to come where the mask is absent."""
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=99, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, max_position_embeddings=64,
+        attention_type="original_full", pad_token_id=0, attn_implementation="fastattn",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BigBirdPegasusForCausalLM(config).eval()
+    tokens, before = torch.randint(1, 99, (2, 12)), backend.calls.copy()
+    mine = model(tokens).logits
+    assert sum((backend.calls - before).values()) == 2
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(mine, model(tokens).logits)
+
+
 def test_a_fully_masked_sample_is_finite():
     mine, eager = pair("bert")
     mask = padded((0, S), (0, 0))

@@ -8,6 +8,7 @@ Letters: B batch, H heads, H_kv key heads, S_q queries, S_k keys, D head dim.
 """
 
 import copy
+import functools
 import sys
 
 import torch
@@ -17,6 +18,7 @@ from transformers.masking_utils import (
     AttentionMaskInterface,
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -119,6 +121,8 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
         where = dict(q_length=q_length, q_offset=q_offset)
     kwargs.update(batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, local_size=local_size)
     kwargs.update(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip)
+    if "config" in kwargs and not _flags_causality(type(kwargs["config"])):
+        return eager_mask(mask_function=mask_function, **where, **kwargs)
     whole = local_size is None and kv_offset == 0 and not torch.compiler.is_exporting()
     if whole and mask_function is causal_mask_function and allow_is_causal_skip and q_length > 1:
         if _is_zero(q_offset) and (attention_mask is None or attention_mask.shape[1] >= q_length):
@@ -130,6 +134,25 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
         row = sdpa_mask(mask_function=mask_function, **where, **kwargs)
         return row if row is None else row.expand(-1, -1, q_length, -1)
     return sdpa_mask(mask_function=mask_function, **where, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _flags_causality(config_class):
+    """Whether the models of a config were written for masks that may be absent, as they are for sdpa and flash attention.
+
+    Others have only ever run with eager's. They may lack the flag that says what an absent mask means, or change the mask.
+    """
+    name = config_class.__module__
+    modules = {name, name.replace(".configuration_", ".modeling_")} & sys.modules.keys()
+    return any(
+        isinstance(cls, type)
+        and issubclass(cls, PreTrainedModel)
+        and cls.config_class is config_class
+        and (cls._supports_sdpa or cls._supports_flash_attn)
+        for module in modules
+        for cls in list(vars(sys.modules[module]).values())
+    )
 
 
 def _is_zero(offset):
