@@ -10,24 +10,18 @@
 // in which every pair is allowed; others pay for a comparison an element. The accumulator, 16 to 128 registers, shrinks
 // only where some row of the warp has a new maximum. q, k, v are read, o and lse written.
 //
-// Shared memory holds rows of kD elements in pieces of 16 bytes, piece c of row r at c ^ (r % 8): what ldmatrix reads and
-// what copies write then meets no bank twice. m, l and every accumulator are fp32, p is rounded to v's dtype. Logits are in
-// units of log2, and where nothing is added to them the scale folds into the exponent: one multiply-add an element.
+// m, l and every accumulator are fp32, p is rounded to v's dtype. Logits are in units of log2, and where nothing is added to
+// them the scale folds into the exponent: one multiply-add an element.
 // Online softmax: Milakov and Gimelshein, arXiv 1805.02867; the tiling: Dao, arXiv 2307.08691.
 
 #include "rt.cuh"
 
+#include "attention.cuh"
 #include "launchers.h"
 #include "philox.cuh"
 #include "ptx.cuh"
 
 namespace {
-
-constexpr uint32_t kAll = 0xffffffffu;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f, kFloatMax = 3.40282347e38f;
-
-__device__ inline int clamp(int v, int low, int high) { return v < low ? low : v > high ? high : v; }
-__device__ inline int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
 // Where sequence b lies in a dim of `size`, the rows it owns and those that count. Wrong values never point outside.
 // Padded sequences own their padding, which the outputs fill; packed ones do not own their neighbours.
@@ -81,18 +75,6 @@ struct Walk {
     __device__ bool clean(int x) const { return x >= clean_lo && x < clean_hi; }
 };
 
-// Element at row, piece of 8 elements, in shared memory.
-template <int kD>
-__device__ int swizzled(int row, int piece) {
-    return row * kD + ((piece ^ (row & 7)) << 3);
-}
-
-// The same `rows` rows, a multiple of 8, and `pieces` pieces, an even number, on from the one of piece 0 or 1 at `at`.
-template <int kD>
-__device__ int onwards(int at, int rows, int pieces) {
-    return (at ^ pieces % 8 * 8) + rows * kD + pieces / 8 * 64;
-}
-
 template <typename T>
 __device__ T* head(const HeadRows& rows, int b, int h, int start) {
     return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + start * rows.stride_m;
@@ -118,58 +100,6 @@ __device__ void copy_rows(T* to, const T* from, int64_t stride, int first, int e
             const bool inside = first + row + i * kStep < end && piece * 8 + j * 64 < width;
             ptx::cp_async_16_or_zeros(to + i * kStep * kD + j * 64, from + i * kStep * stride + j * 64, inside ? 16 : 0);
         }
-}
-
-template <typename T>
-__device__ uint32_t pack(float low, float high);
-template <>
-__device__ inline uint32_t pack<__half>(float low, float high) {
-    const __half2 two = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&two);
-}
-template <>
-__device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&two);
-}
-
-// A warp's share of a product: c[j][e] is row lane / 4 + e / 2 * 8, column 8 j + lane % 4 * 2 + e % 2.
-template <int kColumns>
-using Fragment = float[kColumns / 8][4];
-
-// Where this lane reads of a tile of rows of kD elements, for the three kinds of operand that ldmatrix fetches: the left one,
-// 16 rows by 16 columns; two right ones of a product with the transposed, 16 rows which are their columns; and two right
-// ones as they lie, 16 rows by 8 columns and the next 8.
-template <int kD>
-__device__ int left_lane() {
-    return swizzled<kD>(threadIdx.x % 16, threadIdx.x % 32 / 16);
-}
-template <int kD>
-__device__ int transposed_lane() {
-    return swizzled<kD>(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
-}
-template <int kD>
-__device__ int right_lane() {
-    return left_lane<kD>();
-}
-
-// Near 0, where 1 - e^-2x would cancel, an odd polynomial (3 ulp at most).
-__device__ inline float precise_tanh(float x) {
-    const float z = x * x;
-    if (z < 0.25f) return x + x * z * (-0.3333331f + z * (0.13330476f + z * (-0.053387105f + z * 0.01798873f)));
-    const float e = ptx::exp2(fabsf(x) * (-2.0f * kLog2e));
-    const float t = __fdividef(1.0f - e, 1.0f + e);
-    return x < 0 ? -t : t;
-}
-
-template <typename Body>
-__device__ void with_dtype(Dtype dtype, Body body) {
-    if (dtype == kFloat16)
-        body(__half{});
-    else if (dtype == kBFloat16)
-        body(__nv_bfloat16{});
-    else
-        body(float{});
 }
 
 // q.k of row m (and m + 8) and keys n + 8 j, + 1 to logits in units of log2, but for lengths and the band. Tiles that are
@@ -249,13 +179,6 @@ __device__ void drop(Fragment<kKeys>& p, const AttentionRules& r, const Place& a
                 if (draw < key.threshold) p[2 * square + j][e] = 0;
             }
     }
-}
-
-// Over the four lanes that share a row.
-template <typename Op>
-__device__ float over_row(float v, Op op) {
-    v = op(v, __shfl_xor_sync(kAll, v, 1));
-    return op(v, __shfl_xor_sync(kAll, v, 2));
 }
 
 // A warp's 16 rows from row m of a head: through `staging`, which no other warp touches, to 16-byte stores.

@@ -11,6 +11,7 @@
 #include "launchers.h"
 
 void bind_attention(py::module_& m);
+void bind_attention_decode(py::module_& m);
 void bind_layer_norm(py::module_& m);
 void bind_position(py::module_& m);
 void bind_softmax(py::module_& m);
@@ -18,7 +19,7 @@ void bind_softmax(py::module_& m);
 namespace {
 
 int prepare_kernels() {
-    for (auto prepare : {attention_prepare, layer_norm_prepare, position_prepare, softmax_prepare})
+    for (auto prepare : {attention_prepare, attention_decode_prepare, layer_norm_prepare, position_prepare, softmax_prepare})
         if (const int code = prepare()) return code;
     return cudaSuccess;
 }
@@ -180,6 +181,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("plain", &plain);
     m.def("describe", &describe, py::arg("tensor"));
     bind_attention(m);
+    bind_attention_decode(m);
     bind_layer_norm(m);
     bind_position(m);
     bind_softmax(m);

@@ -145,6 +145,30 @@ struct AttentionFwd {
     int32_t max_seqlen_q;
 };
 
+// A key/value cache (B, H_kv, S, width), or pages (pages, page_size, H_kv, width): stride_b is of its first dim, stride_n of
+// positions. Unit stride and rows on 16 bytes, as HeadRows.
+struct Cache {
+    void* data;
+    int64_t stride_b, stride_h, stride_n;
+};
+
+// o and lse of the last S_q positions of each sequence, which has lens + S_new of at most `capacity` keys once the new rows
+// are in the cache. With several splits parts (B, H, S_q, splits, Dv), tops and sums (B, H, S_q, splits) are workspace.
+struct AttentionDecode {
+    HeadRows q, o, k_new, v_new;      // new rows (B, H_kv, S_new, width)
+    Cache k, v;
+    Ids lens, table;                  // (B,), (B, n) of unit stride_s; table is null for a contiguous cache
+    const float* slopes;              // (B, H), null where there are none
+    int64_t slopes_stride_b, slopes_stride_h;
+    const void* sinks;                // (H,)
+    Dtype sinks_dtype;
+    float *lse, *parts, *tops, *sums; // lse (B, H, S_q)
+    int32_t B, H, H_kv, S_q, S_new, capacity, pages, page_size, page_shift;  // page_size is 2 to page_shift, or that is -1
+    int32_t splits, left, D, Dv;      // left: how far back a key may lie, -1 for anywhere
+    float scale, softcap;
+    Dtype dtype;
+};
+
 extern "C" {
 
 int layer_norm_fwd(const LayerNormFwd* call, void* stream);
@@ -205,4 +229,8 @@ int softmax_prepare();
 // dtype is 16 bits wide.
 int attention_fwd(const AttentionFwd* call, void* stream);
 int attention_prepare();
+
+// dtype is 16 bits wide. Appends first, where S_new is not 0.
+int attention_decode(const AttentionDecode* call, void* stream);
+int attention_decode_prepare();
 }

@@ -34,7 +34,7 @@ def attention_fwd(
     else:  # rows past the last sequence are nobody's
         o = q.new_zeros(*q.shape[:2], v.shape[-1])
         lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
-    q, k, v = (_readable(t) for t in (q, k, v))
+    q, k, v = (readable(t) for t in (q, k, v))
     cuda.module(q).attention_fwd(
         q, k, v, o, lse, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k,
         seed if dropout_p > 0 else None, max_seqlen_q, causal, window_left, window_right, softcap, dropout_p, scale,
@@ -42,7 +42,7 @@ def attention_fwd(
     return o, lse
 
 
-def _readable(t):
+def readable(t):
     """t, or a copy where rows do not start on 16 bytes, which is what one instruction moves."""
     aligned = t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in t.stride()[:-1])
     return t if aligned else t.clone(memory_format=torch.contiguous_format)

@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backend
+from fastattn.cuda.attention_decode import attention_decode_why_not
 from fastattn.ops.attention import _check_extras, _check_integers, _options, _torch_attention
 
 OP = "attention_decode"
@@ -212,4 +213,4 @@ def _triton_why_not(q, k_cache, v_cache, *rest):
     return backend.triton_why_not(q, k_cache, v_cache, *rest)
 
 
-WHY_NOT = {"triton": _triton_why_not}
+WHY_NOT = {"cuda": attention_decode_why_not, "triton": _triton_why_not}

@@ -1,0 +1,76 @@
+"""Decoding's launcher in CUDA C++: csrc/attention_decode.cu. Same name, arguments and results as kernels/attention_decode.py."""
+
+import functools
+import math
+
+import torch
+
+from fastattn import backend, cuda
+from fastattn.cuda.attention import readable
+
+KEYS = {64: 128, 128: 64, 192: 64, 256: 64}  # of a tile, by the padded head width
+
+
+def attention_decode_why_not(q, k_cache, v_cache, *rest):
+    """Beyond `cuda.why_not`: 16-bit tensors, no gradient, head dims and caches in pieces of 16 bytes."""
+    if backend.needs_grad(q, k_cache, v_cache, *rest):
+        return "an input requires grad and decoding has no backward kernel; call it under torch.no_grad(), or use attention"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {q.dtype} is not float16 or bfloat16, which the tensor cores multiply"
+    D, D_v = q.shape[3], v_cache.shape[3]
+    if max(D, D_v) > 256 or D % 8 or D_v % 8 or not D or not D_v:
+        return f"head dims that are multiples of 8 up to 256 are served, q has {D} and v_cache has {D_v}"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        *strides, last = cache.stride()
+        # Dynamo does not trace the offset; what is compiled is refused by the launch itself
+        offset = 0 if torch.compiler.is_compiling() else cache.storage_offset()
+        if cache.numel() and (last != 1 or any(s % 8 for s in strides) or offset % 8):
+            return (
+                f"{name} has strides {cache.stride()} from element {offset}, and a cache is read in place: "
+                "it needs rows of unit stride that start on 16 bytes"
+            )
+    return cuda.why_not(q, k_cache, v_cache, *rest)
+
+
+def attention_decode_fwd(
+    q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks,
+    window_left, window_right, softcap, scale, num_splits, allow_tf32,
+):  # fmt: skip
+    """(o (B, H, S_q, D_v), a view of (B, S_q, H, D_v); lse (B, H, S_q) fp32), after the append of k_new and v_new."""
+    B, H, S_q, D = q.shape
+    D_v = v_cache.shape[3]
+    o = q.new_empty(B, S_q, H, D_v).transpose(1, 2)
+    lse = q.new_empty(B, H, S_q, dtype=torch.float32)
+    q, k_new, v_new = (t if t is None else readable(t) for t in (q, k_new, v_new))
+    alibi_slopes = alibi_slopes if alibi_slopes is None else alibi_slopes.float()
+    sinks = sinks if sinks is None else sinks.contiguous()  # a number a head
+    if not num_splits:
+        capacity = k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[1]
+        H_kv = k_cache.shape[1 if block_table is None else 2]
+        width = next(width for width in KEYS if max(D, D_v) <= width)
+        keys = capacity if window_left < 0 else min(capacity, window_left + S_q)
+        blocks = B * H_kv * -(-(H // H_kv * S_q) // 16) if H_kv else 0
+        num_splits = choose_splits(blocks, -(-keys // KEYS[width]), cuda.sm_count(q.device))
+    parts = statistics = None
+    if num_splits > 1:
+        parts = torch.empty(B, H, S_q, num_splits, D_v, dtype=torch.float32, device=q.device)
+        statistics = torch.empty(2, B, H, S_q, num_splits, dtype=torch.float32, device=q.device)
+    cuda.module(q).attention_decode(
+        q, k_cache, v_cache, o, lse, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks, parts, statistics,
+        num_splits, window_left, softcap, scale,
+    )  # fmt: skip
+    return o, lse
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_splits(blocks, tiles, processors):
+    """The fewest shares of `tiles` tiles of keys that leave at most 15 % more of the last wave idle than the best number does.
+
+    Two blocks fit a processor. A share has at least two tiles, or the second kernel would cost more than it saves.
+    """
+    most = max(1, min(tiles // 2, 128))
+    if not blocks:
+        return 1
+    waves = [blocks * splits / (2 * processors) for splits in range(1, most + 1)]
+    busy = [wave / math.ceil(wave) for wave in waves]
+    return 1 + next(s for s in range(most) if busy[s] >= 0.85 * max(busy))
