@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import emulated_cases
 import pytest
 import torch
 
@@ -150,6 +151,22 @@ def test_nothing_cached(name, num_splits, sinks, device):
     assert not o[0].any() and not o[1, :, :2].any() and o[1, :, 2].all()
     empty = torch.full((4,), -math.inf, device=device) if not sinks else given["sinks"]
     torch.testing.assert_close(lse[0], empty[:, None].expand(4, 3))
+
+
+@pytest.mark.parametrize("D, page_size", [(64, 0), (128, 24), (256, 16)])
+def test_every_order_of_threads_gives_the_same_bits(D, page_size, device):
+    if device == "cuda" or cuda.not_emulated():
+        pytest.skip("the emulation's")
+    (q, k, v, lens), given = inputs(device, torch.float16, S_q=5, D=D, page_size=page_size, S=408)
+    module, results = cuda.extension("_C_emulated"), []
+    try:
+        for order in emulated_cases.ORDERS.values():
+            module.schedule(*order)
+            with backend.use_backend("cuda"):
+                results.append(ours(q, k, v, lens, num_splits=2, window=(300, 0), **given))
+    finally:
+        module.schedule(0)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("page_size", [16, 128, 256])
