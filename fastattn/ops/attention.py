@@ -35,6 +35,7 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, window=None, softc
     Raises ValueError, TypeError or IndexError naming the argument. Sources: arXiv 1706.03762 (attention), 2205.14135 and
     2307.08691 (the tiling), 2108.12409 (ALiBi), 2309.17453 (sinks), 2305.13245 (grouped heads).
     """
+    _check_context()
     q, k, v, bias, mask = _autocast(q, k, v, bias, mask)
     _check_dense(q, k, v, q_lens, kv_lens)
     B, H, S_q, S_k = *q.shape[:3], k.shape[2]
@@ -56,6 +57,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     at least the longest sequence. Everything else as in `attention`, alignment by each sequence. Returns o (T_q, H, D_v),
     and lse (H, T_q) with return_lse.
     """
+    _check_context()
     q, k, v, _, _ = _autocast(q, k, v, None, None)
     B = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     extras = (None, None, alibi_slopes, sinks, None, None, cu_seqlens_q, cu_seqlens_k)
@@ -72,6 +74,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     query (..., H, L, E), key (..., H, S, E), value (..., H, S, E_v); attn_mask broadcast to (..., L, S), bool (True = attend) or
     float (added, may require grad). What the kernels cannot serve goes to torch's own function, errors included.
     """
+    _check_context()
     if backend.stock_only(OP, query):
         return stock_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -93,6 +96,16 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     options = _options(q, (q.shape[2], k.shape[2]), is_causal, None, 0.0, dropout_p, scale)
     o = _launch(chosen, q, k, v, extras, options, False)[0]
     return o if query.dim() == key.dim() == 4 else o.reshape(*batch, *o.shape[-2:])
+
+
+def _check_context():
+    """torch's context_parallel puts the other ranks' keys into torch's function alone: here they would be missing."""
+    current = F.scaled_dot_product_attention
+    if current is not stock_attention and current.__qualname__.startswith("_distribute_function"):
+        raise RuntimeError(
+            "attention: inside torch's context_parallel this would see one rank's keys only; call torch.nn.functional."
+            "scaled_dot_product_attention there, or fastattn.integrations.distributed.ring_attention outside of it"
+        )
 
 
 def _as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
