@@ -143,7 +143,8 @@ def merge(o, lse, o_i, lse_i):
 def _part_backward(do, q, k, v, o, lse, causal, scale, softcap):
     """dq, dk, dv of a part of the keys, where o and lse are those over all: P = exp(S - lse), dS = P (dO V^T - rowsum(dO O))."""
     extras = (None,) * 8
-    chosen = backend.choose(op.OP, op.WHY_NOT, q, k, v, extras)
+    with torch.enable_grad():  # the question is who has a backward
+        chosen = backend.choose(op.OP, op.WHY_NOT, q.detach().requires_grad_(), k, v, extras, False)
     if chosen != "torch":
         options = op._options(q, (q.shape[2], k.shape[2]), causal, None, softcap, 0.0, scale)
         given = (*extras, None, *options, False, False)  # no seed, no gradient of bias or sinks
@@ -151,17 +152,17 @@ def _part_backward(do, q, k, v, o, lse, causal, scale, softcap):
     groups = q.shape[1] // k.shape[1]
     q, k, v, o, do = (t.to(lse.dtype) for t in (q, k, v, o, do))
     k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    s = q * scale @ k.mT
-    slope = 1.0
+    q = q * scale
+    s, slope = q @ k.mT, 1.0
     if softcap:
-        s = softcap * torch.tanh(s / softcap)
-        slope = 1 - (s / softcap) ** 2
+        s = torch.tanh(s / softcap)
+        s, slope = softcap * s, 1 - s.square()
     if causal:
         s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -math.inf)
     p = (s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-    ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True)) * slope * scale
+    ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True)) * slope
     dk, dv = (t.unflatten(1, (-1, groups)).sum(2) for t in (ds.mT @ q, p.mT @ do))
-    return ds @ k, dk, dv
+    return ds @ k * scale, dk, dv
 
 
 def _work(rank, source, S, causal, order):
@@ -174,7 +175,9 @@ def _work(rank, source, S, causal, order):
     if not causal or source == rank:
         return everything, everything, causal
     if order == "head_tail":
-        return (everything, slice(0, S // 2), False) if source < rank else (slice(S // 2, S), everything, False)
+        return (
+            (everything, slice(0, S // 2), False) if source < rank else (slice(S // 2, S), everything, False)
+        )
     return (everything, everything, False) if source < rank else None
 
 
@@ -257,6 +260,8 @@ def _check_parts(name, q, k, v, order):
     _parts(1, order)
     op._check_dense(q, k, v, None, None)
     if q.shape[2] != k.shape[2]:
-        raise ValueError(f"{name}: q has {q.shape[2]} rows and k {k.shape[2]}; both are one part of a sequence")
+        raise ValueError(
+            f"{name}: q has {q.shape[2]} rows and k {k.shape[2]}; both are one part of a sequence"
+        )
     if order == "head_tail" and q.shape[2] % 2:
         raise ValueError(f'{name}: "head_tail" needs an even number of rows on each rank, q has {q.shape[2]}')
