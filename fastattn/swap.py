@@ -195,7 +195,7 @@ class Report:
         for name, kind, reason in self.skipped:
             rows["left", _dotted(kind), reason].append(name)
         for name, attribute, before, after in self.attributes:
-            rows["changed", f"{attribute}: {_short(before)} -> {_short(after)}", ""].append(name)
+            rows["changed", f"{attribute}: {_change(before, after)}", ""].append(name)
         for name, before, after in self.attention:
             rows["attention", f"{before!r} -> {after!r}", ""].append(name)
         for (kind, what, why), names in rows.items():
@@ -306,9 +306,15 @@ def _dotted(cls):
     return f"{module}.{cls.__qualname__}".removeprefix("__main__.")
 
 
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 40 else f"a {type(value).__name__}"
+def _change(before, after):
+    pair = [repr(value) for value in (before, after)]
+    if max(map(len, pair)) <= 40:
+        return " -> ".join(pair)
+    return (
+        f"a copy of its {type(before).__name__}"
+        if type(before) is type(after)
+        else f"a {type(after).__name__}"
+    )
 
 
 def _count(rows, noun):

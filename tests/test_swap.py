@@ -2,7 +2,9 @@
 
 import copy
 import io
+import pathlib
 import pickle
+import re
 import warnings
 
 import pytest
@@ -504,3 +506,11 @@ def test_out_dtype_keeps_the_inputs_dtype_under_autocast(monkeypatch):
             assert model(x).dtype == dtype
     fastattn.unpatch(model)
     assert "out_dtype" not in model[1].__dict__
+
+
+def test_what_the_docs_show_runs():
+    text = (pathlib.Path(__file__).parents[1] / "docs/swap.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, "docs/swap.md", "exec"), {"__name__": __name__})
