@@ -62,6 +62,10 @@ def enable():
     with _lock:
         if _replaced:
             return
+        # Dynamo looks torch's functions up by name, once, and must find torch's.
+        from torch._dynamo import trace_rules  # which takes a second, and so is not imported with this file
+
+        trace_rules.get_torch_obj_rule_map()
         for owner, name in PLACES:
             found = getattr(owner, name)
             if found not in OURS:

@@ -1,6 +1,9 @@
 """accelerated and enable: which calls of torch's functions they bring to ours, in which threads and graphs, and that they end."""
 
 import contextlib
+import pathlib
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -254,6 +257,20 @@ def test_compiled_code_follows(way):
             function()
         reached = way is fastattn.accelerated or not (name in ONLY_ACCELERATED or name.startswith("Tensor."))
         assert ran == [False, reached, reached, False], name
+
+
+def test_enabled_before_anything_was_compiled():
+    """Dynamo keeps tables of torch's functions, made when they are first needed: in a process of its own, while they are ours."""
+    code = """
+import torch, fastattn
+x = torch.randn(3, 8)
+fastattn.enable()
+y = torch.compile(lambda: torch.softmax(x, -1) + torch.log_softmax(x, -1), backend="eager", fullgraph=True)()
+fastattn.disable()
+z = torch.compile(lambda: torch.softmax(x, -1) + x.log_softmax(-1), backend="eager", fullgraph=True)()
+torch.testing.assert_close(y, z)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[1])
 
 
 def test_a_block_inside_compiled_code():
