@@ -113,7 +113,7 @@ def unpatch(model):
     """Give every module of `model` the class and attributes it had before patch; outputs are again those of before, to the bit.
 
     Works on a copy or an unpickled patched model as well, and does nothing to a model that was not patched. Returns a Report;
-    what could not be restored (a module that another library has re-classed since) is listed in it and warned of.
+    what could not be restored, because another library has changed the module since, is listed in it and warned of.
     """
     report = Report()
     for name, module in model.named_modules():
@@ -122,6 +122,10 @@ def unpatch(model):
             continue
         if "__class__" in before and type(module) is not before["__class__"][1]:
             report.skipped.append((name, type(module), "its class was changed again after the patch"))
+            continue
+        if "__class__" in before and _forward_replaced(module):
+            reason = "its forward was replaced on the instance after the patch, and still calls ours: undo that first"
+            report.skipped.append((name, type(module), reason))
             continue
         del module.__dict__[BEFORE]
         if "__class__" in before:
@@ -213,7 +217,7 @@ def _visit(report, name, module, targets):
     if "__class__" in module.__dict__.get(BEFORE, ()) or isinstance(module, tuple(targets.values())):
         report.already += 1
     elif kind in targets:
-        if "forward" in module.__dict__:  # accelerate's hooks, Liger's instance patch
+        if _forward_replaced(module):  # accelerate's hooks, Liger's instance patch
             reason = "its forward was replaced on the instance, which a change of class does not reach"
             report.skipped.append((name, kind, reason))
         else:
@@ -222,6 +226,14 @@ def _visit(report, name, module, targets):
             report.swapped.append((name, kind, targets[kind]))
     elif reason := _why_left(module, targets):
         report.skipped.append((name, kind, reason))
+
+
+def _forward_replaced(module):
+    """Whether an instance has a forward of its own. accelerate leaves the class's there, when its hooks go: that is removed."""
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward:
+        del module.forward
+    return "forward" in module.__dict__
 
 
 def _why_left(module, targets):

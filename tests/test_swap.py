@@ -297,6 +297,22 @@ def test_a_sharded_leaf_is_left_and_listed(tmp_path):
         dist.destroy_process_group()
 
 
+def test_a_forward_replaced_after_the_patch_keeps_it():
+    """As accelerate's hooks do: they hold the forward they found, which must stay its module's."""
+    model, x = nn.Sequential(nn.LayerNorm(E), nn.LayerNorm(E)).to(DEVICE), rand(2, E)
+    y = model(x)
+    fastattn.patch(model)
+    forward = model[0].forward
+    model[0].forward = lambda *args: forward(*args)
+    with pytest.warns(UserWarning, match="undo that first"):
+        report = fastattn.unpatch(model)
+    assert [name for name, *_ in report.skipped] == ["0"] and [name for name, *_ in report.swapped] == ["1"]
+    torch.testing.assert_close(model(x), y)
+    model[0].forward = forward  # as accelerate puts it back
+    fastattn.unpatch(model)
+    assert torch.equal(model(x), y) and not counted(lambda: model(x))
+
+
 @pytest.mark.parametrize("wanted", [FastAlike, fast_alike, fastattn.rerouted])
 def test_extra_takes_a_subclass_or_a_forward(wanted):
     model, x = nn.Sequential(AlikeLayerNorm(E), nn.Linear(E, E)).to(DEVICE), rand(3, E)
