@@ -173,6 +173,7 @@ def test_what_was_there_is_back():
         assert all(getattr(owner, name) is not stock for owner, name, stock, _ in before)
     for owner, name, stock, own in before:
         assert getattr(owner, name) is stock and (name in vars(owner)) == own
+    assert "softmax" not in vars(torch.Tensor), "it is inherited"
 
 
 def test_threads():

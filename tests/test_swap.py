@@ -524,6 +524,39 @@ def test_out_dtype_keeps_the_inputs_dtype_under_autocast(monkeypatch):
     assert "out_dtype" not in model[1].__dict__
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_dtypes_of_torch(dtype):
+    model, x = net().train(), rand(2, 5, E)
+    seen = [[], []]
+    for run in (0, 1):
+        hooks = [
+            m.register_forward_hook(
+                lambda _, args, out, name=name, run=run: seen[run].append(
+                    (name, [t.dtype for t in (out if isinstance(out, tuple) else (out,))])
+                )
+            )
+            for name, m in model.named_children()
+        ]
+        with torch.autocast(DEVICE, dtype):
+            y, weights = model(x)
+        seen[run].append(("all", [y.dtype, weights.dtype]))
+        for hook in hooks:
+            hook.remove()
+        fastattn.patch(model)
+    assert seen[0] == seen[1] and len(seen[0]) > 6
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_a_sample_that_is_all_padding():
+    model, x = encoder().eval(), rand(2, 5, E)
+    padding = torch.tensor([[False] * 5, [True] * 5]).to(DEVICE)
+    fastattn.patch(model)
+    with torch.no_grad():
+        assert model(x, src_key_padding_mask=padding).isfinite().all()
+    model(x, src_key_padding_mask=padding).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_what_the_docs_show_runs():
     text = (pathlib.Path(__file__).parents[1] / "docs/swap.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
