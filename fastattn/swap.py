@@ -11,7 +11,6 @@ import copyreg
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import io
 import re
 import sys
@@ -36,8 +35,8 @@ REROUTED = (
     "timm.models.vision_transformer.Attention",  # as older ones have it
     "diffusers.models.attention_processor.Attention",  # whichever processor it holds
 )
-# Each has a module of its name in fastattn.integrations, with targets() and attach().
-LIBRARIES = ("transformers",)
+# Where the first is imported, the second knows what to do with its models, by targets() and attach().
+LIBRARIES = {"transformers.modeling_utils": "fastattn.integrations.transformers"}
 # On a patched module: {"__class__": (before, after), attribute: (was in __dict__, before)}.
 BEFORE = "_before_fastattn"
 ALIKE = re.compile("LayerNorm|RMSNorm|Softmax|Attention")
@@ -278,8 +277,15 @@ def _list_alike(report, model):
 
 def _integrations():
     """Our modules for the libraries that this process has imported; models of no others can be here."""
-    names = [f"fastattn.integrations.{library}" for library in LIBRARIES if library in sys.modules]
-    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+    found = []
+    for theirs, ours in LIBRARIES.items():
+        if theirs in sys.modules:
+            try:
+                found.append(importlib.import_module(ours))
+            except ImportError as e:
+                library = theirs.partition(".")[0]
+                warnings.warn(f"patch: models of this {library} are not swapped: {e}", stacklevel=3)
+    return found
 
 
 def _remember(module, attribute, before):

@@ -5,6 +5,7 @@ import io
 import pathlib
 import pickle
 import re
+import sys
 import warnings
 
 import pytest
@@ -555,6 +556,15 @@ def test_a_sample_that_is_all_padding():
         assert model(x, src_key_padding_mask=padding).isfinite().all()
     model(x, src_key_padding_mask=padding).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_transformers_that_is_too_old_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.modeling_utils", None)
+    monkeypatch.setitem(
+        sys.modules, "fastattn.integrations.transformers", None
+    )  # it raises ImportError there
+    with pytest.warns(UserWarning, match="models of this transformers are not swapped"):
+        assert fastattn.patch(nn.Sequential(nn.LayerNorm(E))).swapped
 
 
 def test_what_the_docs_show_runs():
