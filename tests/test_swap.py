@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import re
 import sys
+import types
 import warnings
 
 import pytest
@@ -509,6 +510,20 @@ def test_report_counts_the_calls_and_says_why_stock_torch_ran():
     for line in ("swapped  1  LayerNorm -> fastattn.nn.LayerNorm  0", "calls    3  layer_norm on torch", "calls    1  softmax on triton"):  # fmt: skip
         assert line in " ".join(text.split("\n")) or line.split() <= text.split(), text
     assert fastattn.Report().calls() == []
+
+
+def test_report_has_each_backends_reason_of_a_gpus_fallback():
+    tensor, report = types.SimpleNamespace(is_cpu=False), fastattn.Report()
+    why_not = {
+        "cuda": lambda *_: "dtype float64 has no kernel",
+        "triton": lambda *_: "head dim 300 is above 256",
+    }
+    for _ in range(2):
+        with pytest.warns(backend.FallbackWarning):
+            assert backend.choose("attention", why_not, tensor) == "torch"
+    reason = "cuda: dtype float64 has no kernel; triton: head dim 300 is above 256"
+    assert report.calls() == [("attention", "torch", 2, reason)]
+    assert reason in " ".join(str(report).split())
 
 
 def test_out_dtype_keeps_the_inputs_dtype_under_autocast(monkeypatch):
