@@ -67,12 +67,6 @@ struct Chunk {
     }
 
     __device__ int vectors() const { return left <= 0 ? 0 : left > kColumns - kStep ? kHeld : (left + kStep - 1) / kStep; }
-
-    // Element `at` of a row of tensor `base` that starts at element `row`.
-    template <typename S>
-    __device__ const S* from(const void* base, int64_t row, int64_t stride_n, int at = 0) const {
-        return static_cast<const S*>(base) + row + (first + at) * (kVec > 1 ? 1 : stride_n);
-    }
 };
 
 // kVec neighbours of T or, where wide, of float, as they lie in memory: loads into several of these wait for nothing.
