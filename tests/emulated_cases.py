@@ -10,14 +10,18 @@ import argparse
 import collections
 import dataclasses
 import importlib.util
+import itertools
+import math
 import pathlib
 import sys
+from unittest import mock
 
 import torch
 
 from fastattn import backend, cuda, functional
 from fastattn.check import compare, run
 from fastattn.check_cases import CASES, Case, Specification
+from fastattn.cuda import position
 
 ORDERS = {
     "fifo": (0, 1),
@@ -101,11 +105,7 @@ def sized(M, N, layout):
     yield row("log_softmax", M, N, layout, (), lambda f, x: f.log_softmax(x))
     yield row("softmax", M, N, layout, (), lambda f, x: f.softmax(x, 0))
     if layout == "as is":
-        mask = torch.rand(1, 1, M, N) > 0.2
-        yield row(
-            "scaled_masked_softmax", M, N, layout, (),
-            lambda f, x: f.scaled_masked_softmax(x.view(1, 1, M, N), mask, 0.7, True),
-        )  # fmt: skip
+        yield from masked(M, N, torch.rand(M, N) > 0.2)
     yield norm("layer_norm", M, N, layout)
     yield norm("add_layer_norm", M, N, layout, prenorm=True, dropout_p=0.25)
     if N < 32768:  # these are the same kernels
@@ -119,30 +119,107 @@ def sized(M, N, layout):
         yield lookups(M, N, True)
 
 
-def softmax_in(f, x, dtype):
+def masked(M, N, mask, heads=()):
+    for causal in (False, True):
+        yield Case(
+            "scaled_masked_softmax", f"{(*heads, M, N)} as is, mask {tuple(mask.shape)}{', causal' * causal}",
+            lambda: (torch.randn(*heads, M, N),),
+            lambda f, x, causal=causal: f.scaled_masked_softmax(x, mask, 0.7, causal),
+        )  # fmt: skip
+
+
+def walks(B, S, N):
+    """So many rows that a thread has several."""
+    label = f"({B}, {S}, {N}) as is"
+
+    def encoded(name, make, **options):
+        return Case(
+            "add_positional_encoding", f"{label}, {name}", make,
+            lambda f, x, *table: f.add_positional_encoding(x.transpose(0, 1) if x.shape[0] == S else x, *table, **options),
+            "dropout_p" in options,
+        )  # fmt: skip
+
+    def tables():
+        return torch.randn(B, S, N), torch.randn(S + 5, N)
+
+    ids = torch.randint(S + 5, (S, B)).t()
+    if N % 2 == 0:
+        yield encoded("sinusoids", lambda: (torch.randn(B, S, N),), offset=7)
+        yield encoded("sinusoids, ids", lambda: (torch.randn(B, S, N),), position_ids=ids, scale=3.0)
+    yield encoded("table", tables, offset=5, dropout_p=0.25)
+    yield encoded("rows of x apart", lambda: (torch.randn(S, B, N), torch.randn(S, N)))
+    yield encoded("ids", tables, position_ids=ids)
+    yield encoded("the same ids for all", tables, position_ids=ids[0], dropout_p=0.25)
+    yield Case(
+        "embeddings", f"{label}, no gradient for the norm",
+        lambda: (torch.randint(9, (B, S)), torch.randn(9, N), torch.randn(S + 5, N), torch.randn(N)),
+        lambda f, i, tokens, table, w: f.embeddings(i, tokens, table, norm_weight=w.detach()),
+    )  # fmt: skip
+    for positions in (None, ids, ids[0]):
+        for types in (None, torch.randint(2, (B, S))):
+            yield Case(
+                "embeddings", f"{label}, {positions is not None and tuple(positions.shape)}, {types is not None}",
+                lambda: (torch.randint(9, (B, S)), torch.randn(9, N), torch.randn(S + 5, N), torch.randn(2, N), torch.randn(N)),
+                lambda f, i, tokens, table, type_table, w, positions=positions, types=types: f.embeddings(
+                    i, tokens, table, position_ids=positions, type_ids=types, type_table=type_table, norm_weight=w
+                ),
+            )  # fmt: skip
+
+
+def turned(N):
+    """Gradients that are strided along the row, and what is large."""
+    yield row("softmax", 33, N, "as is", (), lambda f, x: f.softmax(x * 300))
+    yield row("log_softmax", 33, N, "as is", (), lambda f, x: f.log_softmax(x * 300))
+    first = torch.tensor([0])
+    yield row("softmax", 33, N, "as is", (), lambda f, x: f.softmax(x.index_fill(1, first, 900.0)))
+    for name in ("softmax", "log_softmax"):
+        yield row(name, 33, N, "as is", (), lambda f, x, name=name: getattr(f, name)(x).t())
+    yield row("layer_norm", 33, N, "as is", ((N,), (N,)), lambda f, x, *wb: f.layer_norm(x, (N,), *wb).t())
+    yield row(
+        "add_rms_norm", 33, N, "as is", ((33, N), (N,)),
+        lambda f, x, r, w: tuple(t.t() for t in f.add_rms_norm(x, r, (N,), w, prenorm=True)),
+    )  # fmt: skip
+    yield row(
+        "add_positional_encoding",
+        33,
+        N,
+        "as is",
+        ((33, N),),
+        lambda f, *xt: f.add_positional_encoding(*xt).t(),
+    )
+
+
+def softmax_in(f, x, dim, dtype):
     if f is functional:
-        return f.softmax(x, dtype=dtype)
-    return f.softmax(x + (x.to(dtype) - x).detach())  # the specification of a number rounded to dtype
+        return f.softmax(x, dim, dtype=dtype)
+    return f.softmax(x + (x.to(dtype) - x).detach(), dim)  # the specification of a number rounded to dtype
 
 
 def mixed(N):
     """Other dtypes than x's, and rows whose leading dims do not lie evenly."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        yield row("softmax", 33, N, "as is", (), lambda f, x, dtype=dtype: softmax_in(f, x, dtype))
-    for name in ("softmax", "layer_norm", "rms_norm"):
+        for dim in (0, 1):
+            yield row(
+                "softmax", 33, N, "as is", (), lambda f, x, dtype=dtype, dim=dim: softmax_in(f, x * 30, dim, dtype)
+            )  # fmt: skip
+    for name, (B, S) in itertools.product(("softmax", "layer_norm", "rms_norm"), ((2, 33), (33, 2))):
         weights = () if name == "softmax" else ((N,),)
         yield Case(
-            name, f"(2, 33, {N}) from (33, 2, {N})",
-            lambda weights=weights: (torch.randn(33, 2, N), *(torch.randn(w) for w in weights)),
+            name, f"({S}, {B}, {N}) from ({B}, {S}, {N})",
+            lambda weights=weights, shape=(B, S, N): (torch.randn(shape), *(torch.randn(w) for w in weights)),
             lambda f, x, *w, name=name: getattr(f, name)(x.transpose(0, 1), *([(N,)] if w else []), *w),
         )  # fmt: skip
     yield row(
-        "layer_norm",
+        "layer_norm", 33, N, "as is", ((N,), (N,)),
+        lambda f, x, w, b: f.layer_norm(x, (N,), w.float(), b.float()),
+    )  # fmt: skip
+    yield row(
+        "add_layer_norm",
         33,
         N,
         "as is",
-        ((N,), (N,)),
-        lambda f, x, w, b: f.layer_norm(x, (N,), w.float(), b.float()),
+        ((N, 33), (N,)),
+        lambda f, x, r, w: f.add_layer_norm(x, r.t(), (N,), w),
     )
     yield row(
         "add_layer_norm", 33, N, "as is", ((33, N), (N,), (N,)),
@@ -157,6 +234,12 @@ def cases(functions=()):
     layouts = [((M, N), layout) for M, N in ((301, 8), (33, 200), (5, 513)) for layout in list(LAYOUTS)[1:]]
     found += [c for size, layout in layouts for c in sized(*size, layout)]
     found += [c for N in (40, 513, 1024) for c in mixed(N)]
+    found += [c for N in (8, 9, 200, 513) for c in turned(N)]
+    found += [
+        c for B, S, N in ((17, 3, 40), (17, 3, 513), (17, 3, 200), (2, 33, 200)) for c in walks(B, S, N)
+    ]
+    found += [c for M, N in ((33, 40), (5, 513)) for c in masked(M, N, torch.rand(2, 1, 1, N) > 0.5, (2, 3))]
+    found += [c for M, N in ((33, 40), (260, 513)) for c in masked(M, N, torch.rand(M, 1) > 0.1)]
     found += [c for M, N in SIZES[9:] for c in sized(M, N, "as is")]
     found += [dataclasses.replace(c, label=f"check: {c.label}") for c in CASES]
     ours = ("softmax", "log_softmax", "scaled_masked_softmax", "layer_norm", "rms_norm", "add_layer_norm",
@@ -193,7 +276,14 @@ class Expectation:
         return [t for part in run(lambda *_: outputs, inputs, self.grads, {}) for t in part]
 
     def ours(self):
-        return self.all_of(self.call(functional, "cuda", self.inputs), self.inputs)
+        # Few blocks, so that threads walk; and more of them than warps that add up what they leave, or less.
+        lanes = dict(ADD=1, ADD_BACKWARD=1, NORM_BACKWARD=[(math.inf, 7)])
+        blocks = 4 if self.inputs[0].dtype == torch.float32 else 11
+        with (
+            mock.patch.multiple(position, **lanes),
+            mock.patch.object(cuda, "sm_count", lambda device: blocks),
+        ):
+            return self.all_of(self.call(functional, "cuda", self.inputs), self.inputs)
 
     def broken(self, ours):
         """A sentence if ours break the rule, else None."""
