@@ -2,10 +2,11 @@
 
     python tests/mutants.py [--sample N] [--jobs J] [--write]
 
-One build has all mutants, each switched on by its number: `n < N` becomes `n < (mutant == 17) + N`. One is caught where a
-call of tests/emulated_cases.py is wrong in some order, crashes or does not end, or else where the address or the thread
-sanitizer complains, in builds of their own. Those that nothing catches must stand in tests/data/mutant_survivors.json with
-the reason; --write adds the others, without one. --sample N takes every N-th.
+One build has all mutants, each switched on by its number: `n < N` becomes `n < spoilt(17) + N`. A mutant is shown the calls
+of tests/emulated_cases.py that come by it. It is caught where one is wrong, crashes or does not end, in other orders too where
+threads may meet; or else where the address or the thread sanitizer complains, in builds of their own. What the plain build
+does not catch must stand in tests/data/mutant_survivors.json, with the reason or as a sanitizer's; --write puts it there,
+without a reason. --sample N takes every N-th.
 """
 
 import argparse
@@ -27,12 +28,10 @@ import zlib
 ROOT = pathlib.Path(__file__).parents[1]
 SURVIVORS = ROOT / "tests/data/mutant_survivors.json"
 HEADERS = ("rt.cuh", "philox.cuh")
-FUNCTIONS = {
-    "layer_norm.cu": ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"),
-    "softmax.cu": ("softmax", "log_softmax", "scaled_masked_softmax"),
-    "position.cu": ("add_positional_encoding", "embeddings"),
-}
 RULE, ORDER, ERROR, ADDRESS, RACE = 1, 2, 3, 4, 5  # exit statuses of the process that runs a mutant
+ORDERED = ("sync", "exit", "equal", "share", "index")  # kinds that may let two threads meet
+SANITIZERS = ("address sanitizer", "race sanitizer")  # as reasons
+SANITIZED = 24  # calls of one mutant, evenly chosen, that a sanitizer is shown
 SECONDS = {"plain": 3, "address": 20, "race": 40}  # of one call's processor time
 STATUS = {
     0: "not caught",
@@ -79,6 +78,28 @@ OPERATORS = [
 ]
 NEVER = re.compile(r"constexpr|static_assert|template|SMEM_|^\s*#|\busing\b|__launch_bounds__|\basm\b")
 
+SWITCH = """
+extern "C" {
+extern int mutant;
+extern unsigned char mutants_reached[];
+}
+namespace emulation {
+inline bool spoilt(int number) {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    mutants_reached[number] = 1;
+#endif
+    return mutant == number;
+}
+}  // namespace emulation
+"""
+SWITCHES = """
+#define SHOWN __attribute__((visibility("default")))
+extern "C" {
+SHOWN int mutant = 0;
+SHOWN unsigned char mutants_reached[4096] = {};
+}
+"""
+
 spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
@@ -116,42 +137,42 @@ def mutants_of(text):
 
 
 class Mutants:
-    """A copy of csrc/ in which each mutant has its switch. found: (file, key) by number, from 1."""
+    """A copy of csrc/ in which each mutant has its switch. found: their (file, key), number 1 first."""
 
-    def __init__(self, folder):
-        self.folder, self.objects = folder, {}
+    def __init__(self, folder, sample=1):
+        self.folder, self.objects, self.reached = folder, {}, {}
         shutil.copytree(ROOT / "csrc", folder / "csrc")
         with open(folder / "csrc/emulation/emulation.h", "a") as header:
-            header.write("namespace emulation {\nextern int mutant;\n}\n")
-        (folder / "csrc/mutant.cpp").write_text(
-            'namespace emulation {\nint mutant = 0;\n}\nextern "C" __attribute__((visibility("default"))) '
-            "void set_mutant(int number) { emulation::mutant = number; }\n"
-        )
+            header.write(SWITCH)
+        (folder / "csrc/mutant.cpp").write_text(SWITCHES)
         files = [*HEADERS, *sorted(p.name for p in (ROOT / "csrc").glob("*.cu"))]
-        texts = {name: (ROOT / "csrc" / name).read_text() for name in files}
-        sites = {name: list(mutants_of(text)) for name, text in texts.items()}
+        self.texts = {name: (ROOT / "csrc" / name).read_text() for name in files}
+        sites = [(name, *site) for name, text in self.texts.items() for site in mutants_of(text)]
+        self.sites = [site for site in sites if zlib.crc32(site[2].encode()) % sample == 0]
         while True:
-            self.found = []
-            for name, text in texts.items():
-                self.switch(folder / "csrc" / name, text, sites[name])
+            self.switch(range(1, len(self.sites) + 1))
             # What stands where a constant must cannot have a switch: such lines are left alone.
             refused = self.lines_refused([name for name in files if name.endswith(".cu")])
             if not refused:
                 break
-            kept = {name: [s for s in found if (name, s[0]) not in refused] for name, found in sites.items()}
-            if kept == sites:
+            kept = [site for site in self.sites if site[:2] not in refused]
+            if kept == self.sites:
                 raise SystemExit(f"the kernels do not compile with switches: {sorted(refused)[:5]}")
-            sites = kept
+            self.sites = kept
+        self.found = [(name, key) for name, _, key, _ in self.sites]
 
-    def switch(self, path, text, sites):
-        lines, insertions = text.splitlines(), []
-        for number, key, edits in sites:
-            self.found.append((path.name, key))
-            on = f"(::emulation::mutant == {len(self.found)})"
-            insertions += [(number, column, text.replace("{m}", on)) for column, text in edits]
-        for number, column, inserted in sorted(insertions, key=lambda i: i[:2], reverse=True):
-            lines[number] = lines[number][:column] + inserted + lines[number][column:]
-        path.write_text("\n".join(lines) + "\n")
+    def switch(self, numbers):
+        """Writes the kernels with switches for these mutants."""
+        for file, text in self.texts.items():
+            lines, insertions = text.splitlines(), []
+            for n in numbers:
+                name, line, _, edits = self.sites[n - 1]
+                if name == file:
+                    on = f"::emulation::spoilt({n})"
+                    insertions += [(line, column, text.replace("{m}", on)) for column, text in edits]
+            for line, column, inserted in sorted(insertions, key=lambda i: i[:2], reverse=True):
+                lines[line] = lines[line][:column] + inserted + lines[line][column:]
+            (self.folder / "csrc" / file).write_text("\n".join(lines) + "\n")
 
     def lines_refused(self, kernels):
         found = set()
@@ -196,14 +217,16 @@ class Mutants:
 
     def run(self, tier, numbers, jobs):
         """{number: exit status, or minus a signal} of the mutants, each in a process of its own."""
+        self.switch(numbers)
         _, libraries, env = TIERS[tier]
         preload = [
             subprocess.check_output(["g++", f"-print-file-name={name}.so"], text=True).strip()
             for name in libraries
         ]
-        chosen = {
+        files = {
             name: [n for n in numbers if self.found[n - 1][0] == name] for name in {f for f, _ in self.found}
         }
+        ordered = [n for n in numbers if self.found[n - 1][1].startswith(ORDERED)]
         command = [sys.executable, __file__, "--run", str(self.extension(tier)), tier, "--jobs", str(jobs)]
         env = {
             **os.environ,
@@ -212,41 +235,74 @@ class Mutants:
             "LD_PRELOAD": " ".join(preload),
             **env,
         }
-        done = subprocess.run(command, input=json.dumps(chosen), stdout=subprocess.PIPE, text=True, env=env)
+        asked = json.dumps({"files": files, "ordered": ordered, "reached": self.reached})
+        done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, env=env)
         if done.returncode:
             raise SystemExit(f"the {tier} build: clean code fails, or its process ended: {done.stdout}")
-        return {int(n): status for n, status in json.loads(done.stdout.splitlines()[-1]).items()}
+        said = json.loads(done.stdout.splitlines()[-1])
+        self.reached |= said["reached"]
+        return {int(n): status for n, status in said["statuses"].items()}
 
 
-def run(extension, tier, chosen, jobs):
-    """Runs mutants, given by file, of the extension at a path; prints {number: status} as JSON."""
+def run(extension, tier, jobs, files, ordered, reached):
+    """Runs the mutants of `files`, by their numbers, with those calls that come by them; prints what came of it as JSON.
+
+    reached: {number: indices of calls}, which the plain build finds out. Other orders are for the numbers in `ordered`.
+    """
     import emulated_cases as tests
     import torch
 
     tests.load(extension)
-    switch = ctypes.CDLL(str(extension)).set_mutant
-    fifo, others = tests.ORDERS["fifo"], [tests.ORDERS[name] for name in ("reverse", "random", "pct")]
-    known = {
-        function: [[tests.Expectation(case, d) for case in tests.cases((function,))] for d in (torch.float32, torch.bfloat16)]
-        for function in {f for name, numbers in chosen.items() if numbers for f in functions_of(name)}
-    }  # fmt: skip
-    statuses, running = {}, {}
+    library = ctypes.CDLL(str(extension))
+    mutant = ctypes.c_int.in_dll(library, "mutant")
+    passed = (ctypes.c_ubyte * 4096).in_dll(library, "mutants_reached")
+    orders = [tests.ORDERS[name] for name in ("fifo", "reverse", "random", "pct")]
+    first = orders[1 if tier == "race" else 0]
+    dtypes = (torch.float32, torch.bfloat16)
+    calls = [tests.Expectation(case, dtype) for dtype in dtypes for case in tests.cases()]
+    several = {
+        i for i, call in enumerate(calls[: len(calls) // 2]) if tier == "plain" and "as is" in call.case.label
+    }
+    statuses, running, clean = {}, {}, extension.parent / "clean.json"
 
-    def status(n, calls):
-        switch(n)
-        for expected, orders in calls:
-            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS[tier])  # ends a process that does not end
-            found = tests.wrong(expected, orders)
-            if found not in (None, "refused"):
-                return RULE if "is above" in found else ORDER if "something else" in found else ERROR
+    def wrong(call, orders):
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS[tier])  # ends a process that does not end
+        found = tests.wrong(call, orders)
+        if found in (None, "refused"):
+            return 0
+        return RULE if "is above" in found else ORDER if "something else" in found else ERROR
+
+    def run_clean(indices):
+        came = {}
+        for i in indices:
+            ctypes.memset(passed, 0, 4096)
+            if code := wrong(calls[i], orders if i in several else [first]):
+                return code
+            for n, yes in enumerate(bytes(passed)):
+                if yes:
+                    came.setdefault(n, []).append(i)
+        clean.write_text(json.dumps(came))
         return 0
 
-    def start(n, calls):
+    def calls_of(n):
+        mine = reached.get(str(n), [])
+        return mine if tier == "plain" else mine[:: 1 + len(mine) // SANITIZED]
+
+    def run_mutant(n):
+        mutant.value = n
+        mine = calls_of(n)
+        for some, order in ((mine, [first]), (several.intersection(mine) if n in ordered else (), orders)):
+            for i in some:
+                if code := wrong(calls[i], order):
+                    return code
+        return 0
+
+    def start(n, body, *arguments):
         pid = os.fork()
         if pid == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             try:
-                os._exit(status(n, calls))
+                os._exit(body(*arguments))
             finally:
                 os._exit(ERROR)
         running[pid] = n
@@ -255,50 +311,43 @@ def run(extension, tier, chosen, jobs):
         pid, code = os.wait()
         statuses[running.pop(pid)] = os.waitstatus_to_exitcode(code)
 
-    for name, numbers in chosen.items():
-        if not numbers:
-            continue
-        wide, half = ([e for f in functions_of(name) for e in known[f][i]] for i in (0, 1))
-        plain = [e for e in wide if "as is" in e.case.label]
-        calls = [(e, [others[0] if tier == "race" else fifo]) for e in wide + half]
-        if tier == "plain":
-            calls += [(e, [fifo, *others]) for e in plain]
-        start(0, calls)
-        while running:
+    numbers = [n for name in files for n in files[name]]
+    needed = range(len(calls)) if tier == "plain" else sorted({i for n in numbers for i in calls_of(n)})
+    start(0, run_clean, needed)
+    finish()
+    if code := statuses.pop(0):
+        raise SystemExit(f"{STATUS.get(code, code)} without any mutant")
+    if tier == "plain":
+        reached = json.loads(clean.read_text())
+    for n in numbers:
+        if len(running) == jobs:
             finish()
-        if code := statuses.pop(0):
-            raise SystemExit(f"{name}: {STATUS.get(code, code)} without any mutant")
-        for n in numbers:
-            if len(running) == jobs:
-                finish()
-            start(n, calls)
+        start(n, run_mutant, n)
     while running:
         finish()
-    print(json.dumps(statuses))
+    print(json.dumps({"statuses": statuses, "reached": reached}))
 
 
-def functions_of(name):
-    return FUNCTIONS.get(name) or [f for functions in FUNCTIONS.values() for f in functions]
-
-
-def survivors(folder, sample=1, jobs=1):
-    """(mutants tried as (file, key), those of them that nothing catches); prints who caught how many."""
-    mutants = Mutants(folder)
-    number_of = {found: n for n, found in enumerate(mutants.found, 1)}
-    tried = [found for found in mutants.found if zlib.crc32(found[1].encode()) % sample == 0]
-    alive = [number_of[found] for found in tried]
-    for tier in TIERS:
+def survivors(folder, sample=1, jobs=1, tiers=tuple(TIERS)):
+    """The mutants tried, as (file, key), and who catches those that the plain build does not: {(file, key): tier or None}."""
+    mutants = Mutants(folder, sample)
+    alive, caught_by = list(range(1, len(mutants.found) + 1)), {}
+    for tier in tiers:
         # a race takes two threads and something in between that is gone
         asked = [n for n in alive if tier != "race" or mutants.found[n - 1][1].startswith(("sync", "exit"))]
-        statuses = mutants.run(tier, asked, jobs)
+        statuses = mutants.run(tier, asked, jobs) if asked else {}
         said = collections.Counter(STATUS.get(status, "crash or no end") for status in statuses.values())
         print(
-            f"{tier}: {len(asked)} mutants:",
-            ", ".join(f"{count} {what}" for what, count in said.items()),
-            flush=True,
+            f"{tier}: {len(asked)} mutants:", ", ".join(f"{n} {what}" for what, n in said.items()), flush=True
         )
+        caught_by |= {mutants.found[n - 1]: tier for n, status in statuses.items() if status}
         alive = [n for n in alive if statuses.get(n, 0) == 0]
-    return tried, [mutants.found[n - 1] for n in alive]
+        if tier == "plain":
+            for n in alive:
+                if str(n) not in mutants.reached:
+                    print("no case comes to", *mutants.found[n - 1], flush=True)
+    left = [found for found in mutants.found if caught_by.get(found) != "plain"]
+    return mutants.found, {found: caught_by.get(found) for found in left}
 
 
 def listed():
@@ -313,23 +362,27 @@ def main():
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.run:
-        run(pathlib.Path(asked.run[0]), asked.run[1], json.load(sys.stdin), asked.jobs)
+        run(pathlib.Path(asked.run[0]), asked.run[1], asked.jobs, **json.load(sys.stdin))
         return
     with tempfile.TemporaryDirectory() as folder:
-        tried, alive = survivors(pathlib.Path(folder), asked.sample, asked.jobs)
-    known = listed()
-    unknown = [(file, key) for file, key in alive if key not in known.get(file, {})]
-    stale = [(file, key) for file, key in tried if key in known.get(file, {}) and (file, key) not in alive]
-    for file, key in unknown:
-        print(f"not caught, not listed: {file}: {key}")
-        known.setdefault(file, {})[key] = ""
-    for file, key in stale:
-        print(f"listed, but caught: {file}: {key}")
-        del known[file][key]
+        tried, left = survivors(pathlib.Path(folder), asked.sample, asked.jobs)
+    known, wrong = listed(), 0
+    for (file, key), tier in left.items():
+        reason = known.setdefault(file, {}).get(key, "")
+        if not reason or (tier is None) == (reason in SANITIZERS):
+            known[file][key] = f"{tier} sanitizer" if tier else ""
+            print(f"not caught by the plain build: {file}: {key}: {known[file][key] or 'nor by another'}")
+            wrong += 1
+    for file, key in tried:
+        # what is out of bounds may be wrong as well, or not: that is up to the compiler
+        if (file, key) not in left and known.get(file, {}).get(key, SANITIZERS[0]) not in SANITIZERS:
+            print(f"listed, but caught: {file}: {key}")
+            del known[file][key]
+            wrong += 1
     if asked.write:
         SURVIVORS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    print(f"{len(tried)} mutants, {len(alive)} not caught, {len(unknown)} of them not listed")
-    sys.exit(bool(unknown or stale))
+    print(f"{len(tried)} mutants, {len(left)} not caught by the plain build; {wrong} not listed so")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":
