@@ -109,7 +109,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
                                  enable_gqa=False):  # fmt: skip
     options = dict(scale=scale, enable_gqa=enable_gqa)
     args = (query, key, value, attn_mask, dropout_p, is_causal)
-    if _foreign("attention", query, key, value, attn_mask):
+    if _place_is_taken() or _foreign("attention", query, key, value, attn_mask):
         return stock_attention(*args, **options)
     return functional.scaled_dot_product_attention(*args, **options)
 
@@ -175,10 +175,13 @@ _multi_head_in_ours = _rebound(
 
 
 def multi_head_attention_forward(query, key, value, *args, **kwargs):
-    # torch's context_parallel puts its own attention there, which must get these calls.
-    untouched = F.scaled_dot_product_attention in (stock_attention, scaled_dot_product_attention)
-    function = _multi_head_in_ours if untouched else stock_multi_head
+    function = stock_multi_head if _place_is_taken() else _multi_head_in_ours
     return function(query, key, value, *args, **kwargs)
+
+
+def _place_is_taken():
+    """Whether attention is now another library's: torch's context_parallel puts its own there, which must get every call."""
+    return F.scaled_dot_product_attention not in (stock_attention, scaled_dot_product_attention)
 
 
 def _foreign(op, *tensors):

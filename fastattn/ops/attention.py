@@ -101,11 +101,20 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 def _check_context():
     """torch's context_parallel puts the other ranks' keys into torch's function alone: here they would be missing."""
     current = F.scaled_dot_product_attention
-    if current is not stock_attention and current.__qualname__.startswith("_distribute_function"):
+    if current is not stock_attention and _from_context_parallel(current):
         raise RuntimeError(
             "attention: inside torch's context_parallel this would see one rank's keys only; call torch.nn.functional."
             "scaled_dot_product_attention there, or fastattn.integrations.distributed.ring_attention outside of it"
         )
+
+
+def _from_context_parallel(function):
+    return function.__qualname__.startswith("_distribute_function")
+
+
+_from_context_parallel._dynamo_marked_constant = (
+    True  # Dynamo guards on the function, and cannot read its name
+)
 
 
 def _as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
