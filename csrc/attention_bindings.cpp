@@ -73,6 +73,19 @@ class Heads : public Call {
         return {reinterpret_cast<const int64_t*>(seed.data()), k, k < 256 ? static_cast<float>(256.0 / (256 - k)) : 0.0f};
     }
 
+    void sinks(py::handle object, const AttentionRules& r, const void*& data, Dtype& dtype_of) const {
+        if (object.is_none()) return;
+        const Tensor t(object, "sinks");
+        t.require(beside(t) && t.contiguous() && t.numel() == r.H, "(H,), contiguous, on q's device");
+        data = t.data();
+        dtype_of = t.dtype();
+    }
+
+    // What sizes the grid: the longest packed sequence, as far as it can be, or all rows.
+    int32_t longest(int64_t max_seqlen, int64_t S) const {
+        return static_cast<int32_t>(packed ? std::min<int64_t>(std::max<int64_t>(max_seqlen, 0), S) : S);
+    }
+
     Dtype dtype;
     bool packed;
 };
@@ -143,16 +156,64 @@ void forward(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::han
     f.v = call.rows_of(v, r.B, r.H / r.group, r.S_k, r.Dv);
     f.o = call.rows_of(o, r.B, r.H, r.S_q, r.Dv);
     f.lse = call.stats_of(lse, r.B, r.H, r.S_q);
-    if (!sinks.is_none()) {
-        const Tensor t(sinks, "sinks");
-        t.require(call.beside(t) && t.contiguous() && t.numel() == r.H, "(H,), contiguous, on q's device");
-        f.sinks = t.data();
-        f.sinks_dtype = t.dtype();
-    }
-    f.max_seqlen_q = static_cast<int32_t>(call.packed ? std::min<int64_t>(std::max<int64_t>(max_seqlen_q, 0), r.S_q) : r.S_q);
+    call.sinks(sinks, r, f.sinks, f.sinks_dtype);
+    f.max_seqlen_q = call.longest(max_seqlen_q, r.S_q);
     call.run("attention_fwd", [&](void* stream) { return attention_fwd(&f, stream); });
+}
+
+void backward(py::handle do__, py::handle dlse, py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle lse_,
+              py::handle dq_, py::handle dk_, py::handle dv_, py::handle stats_, py::handle dsinks, py::handle dbias,
+              py::handle bias_sums, int dbias_of, py::handle bias, py::handle mask, py::handle slopes, py::handle sinks, py::handle q_lens, py::handle kv_lens, py::handle cu_q,
+              py::handle cu_k, py::handle seed, int64_t max_seqlen_q, int64_t max_seqlen_k, int causal, int64_t left,
+              int64_t right, double softcap, double dropout_p, double scale) {
+    const Tensor do_(do__, "do"), q(q_, "q"), k(k_, "k"), v(v_, "v"), o(o_, "o"), lse(lse_, "lse");
+    const Tensor dq(dq_, "dq"), dk(dk_, "dk"), dv(dv_, "dv"), stats(stats_, "stats");
+    const Heads call(q);
+    AttentionBwd f{};
+    f.rules = rules_of(call, q, k, v, {bias, mask, slopes, q_lens, kv_lens, cu_q, cu_k, seed, causal, left, right, softcap,
+                                       dropout_p, scale});
+    const AttentionRules& r = f.rules;
+    const int64_t H_kv = r.H / r.group;
+    f.q = call.rows_of(q, r.B, r.H, r.S_q, r.D);
+    f.k = call.rows_of(k, r.B, H_kv, r.S_k, r.D);
+    f.v = call.rows_of(v, r.B, H_kv, r.S_k, r.Dv);
+    f.o = call.rows_of(o, r.B, r.H, r.S_q, r.Dv);
+    f.do_ = call.rows_of(do_, r.B, r.H, r.S_q, r.Dv);
+    f.dq = call.rows_of(dq, r.B, r.H, r.S_q, r.D);
+    f.dk = call.rows_of(dk, r.B, H_kv, r.S_k, r.D);
+    f.dv = call.rows_of(dv, r.B, H_kv, r.S_k, r.Dv);
+    f.lse = call.stats_of(lse, r.B, r.H, r.S_q);
+    if (!dlse.is_none()) f.dlse = call.stats_of(Tensor(dlse, "dlse"), r.B, r.H, r.S_q);
+    const int64_t needed = attention_bwd_stats(&r);
+    stats.require(call.beside(stats) && stats.contiguous() && stats.dtype() == kFloat32 && stats.numel() >= needed,
+                  "float32, contiguous, of " + std::to_string(needed) + " elements on q's device");
+    f.stats = reinterpret_cast<float*>(stats.data());
+    f.max_seqlen_q = call.longest(max_seqlen_q, r.S_q);
+    f.max_seqlen_k = call.longest(max_seqlen_k, r.S_k);
+    if (!dsinks.is_none()) {
+        call.sinks(sinks, r, f.sinks, f.sinks_dtype);
+        const Tensor sums(dsinks, "dsinks");
+        const int64_t tiles = (int64_t{f.max_seqlen_q} + kAttentionStatsRows - 1) / kAttentionStatsRows;
+        sums.require(call.beside(sums) && sums.contiguous() && sums.dtype() == kFloat32 && sums.numel() == r.B * tiles * r.H,
+                     "float32 (B, H, tiles), contiguous, on q's device");
+        f.dsinks = reinterpret_cast<float*>(sums.data());
+    }
+    f.dbias_of = static_cast<BiasGradient>(dbias_of);
+    f.dbias = call.plane(dbias, "dbias", r);
+    const bool in_dbias = f.dbias_of == BiasGradient::kPlane || f.dbias_of == BiasGradient::kSum;
+    const bool in_sums = f.dbias_of == BiasGradient::kColumns || f.dbias_of == BiasGradient::kRows;
+    if (in_dbias != !dbias.is_none() || in_sums != !bias_sums.is_none() || (dbias_of && bias.is_none()))
+        q.refuse("with a bias, and dbias or bias_sums, for dbias_of " + std::to_string(dbias_of));
+    if (in_sums)
+        f.bias_sums = call.stats_of(Tensor(bias_sums, "bias_sums"), r.B, r.H,
+                                    f.dbias_of == BiasGradient::kColumns ? r.S_k : r.S_q);
+    call.run("attention_bwd", [&](void* stream) { return attention_bwd(&f, stream); });
 }
 
 }  // namespace
 
-void bind_attention(py::module_& m) { m.def("attention_fwd", &forward); }
+void bind_attention(py::module_& m) {
+    m.def("attention_fwd", &forward);
+    m.def("attention_bwd", &backward);
+    m.attr("ATTENTION_STATS_ROWS") = kAttentionStatsRows;
+}

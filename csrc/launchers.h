@@ -169,6 +169,28 @@ struct AttentionDecode {
     Dtype dtype;
 };
 
+// How a bias' gradient comes about. kPlane: ds as it is, kSum: over the planes it is broadcast over, both in dbias; kColumns,
+// kRows: sums over queries or keys of every head in bias_sums, (B, H, S_k) or (B, H, S_q), to be added up further.
+enum class BiasGradient : int { kNone, kPlane, kSum, kColumns, kRows };
+
+// Gradients of that for do_, like o, and dlse, like lse; dlse.data is null where it is zero. stats is workspace of
+// attention_bwd_stats floats, dsinks (B, H, ceil(max_seqlen_q / kAttentionStatsRows)) to be summed over all but H; null
+// where that gradient is not wanted.
+struct AttentionBwd {
+    AttentionRules rules;
+    HeadRows q, k, v, o, do_, dq, dk, dv;
+    HeadStats lse, dlse;
+    float *stats, *dsinks;
+    BiasGradient dbias_of;
+    Plane dbias;
+    HeadStats bias_sums;
+    const void* sinks;                    // (H,)
+    Dtype sinks_dtype;
+    int32_t max_seqlen_q, max_seqlen_k;
+};
+
+constexpr int kAttentionStatsRows = 64;
+
 extern "C" {
 
 int layer_norm_fwd(const LayerNormFwd* call, void* stream);
@@ -233,4 +255,8 @@ int attention_prepare();
 // dtype is 16 bits wide. Appends first, where S_new is not 0.
 int attention_decode(const AttentionDecode* call, void* stream);
 int attention_decode_prepare();
+
+int attention_bwd(const AttentionBwd* call, void* stream);
+int64_t attention_bwd_stats(const AttentionRules* rules);
+int attention_backward_prepare();
 }

@@ -70,16 +70,16 @@ def launch(q, k, v, *, do=None, dlse=None, bias=None, mask=None, causal=0, windo
         scale,
         False,
     )
-    if launchers is cuda_attention:
-        if q.dtype == torch.float32:
-            pytest.skip("fp32 is refused")
-        return dict(zip(("o", "lse"), cuda_attention.attention_fwd(q, k, v, *rest), strict=True))
-    o, lse = attention.attention_fwd(q, k, v, *rest, config=config["fwd"])
+    forward, backward = {}, {}
+    if launchers is attention:
+        forward, backward = dict(config=config["fwd"]), dict(config=config if "dq" in config else None)
+    elif q.dtype == torch.float32:
+        pytest.skip("fp32 is refused")
+    o, lse = launchers.attention_fwd(q, k, v, *rest, **forward)
     if do is None:
         return dict(o=o, lse=lse)
     wanted = bias is not None, sinks is not None
-    backward = config if "dq" in config else None
-    grads = attention.attention_bwd(do, dlse, q, k, v, o, lse, *rest, *wanted, config=backward)
+    grads = launchers.attention_bwd(do, dlse, q, k, v, o, lse, *rest, *wanted, **backward)
     return dict(o=o, lse=lse, **dict(zip(("dq", "dk", "dv", "dbias", "dsinks"), grads, strict=True)))
 
 
@@ -105,7 +105,7 @@ def check(q, k, v, *, poisoned=None, do=None, lse_steps=0, **options):
     grads = dict(do=do, dlse=torch.randn(shape[:3], device=q.device))
     ours = launch(*(poisoned or (q, k, v)), **grads, **options)
     exact, baseline = (specify(dtype, q, k, v, **grads, **options) for dtype in (torch.float64, q.dtype))
-    broken = [compare(name, ours[name], baseline[name], exact[name]) for name in ours]
+    broken = [compare(name, ours[name], baseline[name], exact[name]) for name in exact]
     if lse_steps:
         # Recomputing p from an fp32 lse costs every gradient lse's own rounding, which stock torch (it keeps p) has not.
         step = lse_steps * 2**-24 * exact["lse"].abs().max()
@@ -114,7 +114,7 @@ def check(q, k, v, *, poisoned=None, do=None, lse_steps=0, **options):
         }
         broken = [
             sentence
-            for name, sentence in zip(ours, broken, strict=True)
+            for name, sentence in zip(exact, broken, strict=True)
             if sentence and not (name in allowed and (ours[name] - exact[name]).abs().max() <= allowed[name])
         ]
     assert not any(broken), "\n".join(filter(None, broken))
@@ -138,7 +138,7 @@ def test_tile_edges(device, causal, S_q, S_k):
         launch(q, k, v, causal=causal, **grads),
         specify(torch.float64, q, k, v, causal=causal, **grads),
     )
-    for name in ours:
+    for name in exact:
         torch.testing.assert_close(ours[name].double(), exact[name], atol=1e-5, rtol=1e-5)
 
 

@@ -8,15 +8,14 @@ from fastattn import backend, cuda
 
 
 def attention_why_not(q, k, v, extras, return_weights):
-    """Beyond `cuda.why_not`: 16-bit tensors, head dims in pieces of 16 bytes, no gradient yet."""
-    alibi_slopes, sinks = extras[2:4]
+    """Beyond `cuda.why_not`: 16-bit tensors, head dims in pieces of 16 bytes, no gradient of slopes."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {q.dtype} is not float16 or bfloat16, which the tensor cores multiply"
     D, D_v = q.shape[-1], v.shape[-1]
     if max(D, D_v) > 256 or D % 8 or D_v % 8 or not D or not D_v:
         return f"head dims that are multiples of 8 up to 256 are served, q has {D} and v has {D_v}"
-    if backend.needs_grad(q, k, v, extras[0], alibi_slopes, sinks):
-        return "something requires grad, and there is no backward in CUDA C++ yet"
+    if backend.needs_grad(extras[2]):
+        return "alibi_slopes requires grad, which only the composite computes"
     if return_weights:
         return "return_weights is not written in CUDA C++ yet"
     return cuda.why_not(q, k, v, *extras)
@@ -40,6 +39,66 @@ def attention_fwd(
         seed if dropout_p > 0 else None, max_seqlen_q, causal, window_left, window_right, softcap, dropout_p, scale,
     )  # fmt: skip
     return o, lse
+
+
+def attention_bwd(
+    do, dlse, q, k, v, o, lse, bias, mask, alibi_slopes, sinks, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, seed,
+    max_seqlen_q, max_seqlen_k, causal, window_left, window_right, softcap, dropout_p, scale, allow_tf32,
+    bias_grad, sinks_grad,
+):  # fmt: skip
+    """(dq, dk, dv, dbias, dsinks) for do like o and dlse like lse or None; dbias has the bias' shape before broadcasting, and
+    one not wanted is (0,).
+    """
+    packed = cu_seqlens_q is not None
+    B = len(cu_seqlens_q) - 1 if packed else q.shape[0]
+    H, S_q = q.shape[1], q.shape[0 if packed else 2]
+    module = cuda.module(q)
+    # expanded ones, as of o.sum(), and slices are copied
+    do = readable(do if do.stride(-1) == 1 else do.contiguous())
+    dlse = dlse if dlse is None or dlse.stride(-1) == 1 else dlse.contiguous()
+    q, k, v, o = (readable(t) for t in (q, k, v, o))
+    # rows past the last packed sequence are nobody's
+    new = torch.zeros_like if packed else torch.empty_like
+    dq, dk, dv = new(q), new(k), new(v)
+    tile = module.ATTENTION_STATS_ROWS
+    rows = -(-S_q // tile) * tile
+    heads = (H, rows + B * tile) if packed else (B, H, rows)
+    stats = q.new_empty(*heads, 2, dtype=torch.float32)
+    longest = min(max_seqlen_q, S_q) if packed else S_q
+    dsinks = q.new_empty(B, H, -(-longest // tile), dtype=torch.float32) if sinks_grad else None
+    pattern, shape, dbias, sums = 0, None, None, None
+    if bias_grad:
+        shape = [1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+        pattern = bias_pattern(bias.shape, shape) if bias.numel() else 0
+        if not pattern:
+            dbias = bias.new_zeros(shape)
+        elif pattern in (PLANE, SUM):
+            dbias = bias.new_empty(shape)
+        else:
+            sums = q.new_empty(B, H, bias.shape[3 if pattern == COLUMNS else 2], dtype=torch.float32)
+    whole = dbias.expand(bias.shape) if pattern in (PLANE, SUM) else None
+    module.attention_bwd(
+        do, dlse, q, k, v, o, lse, dq, dk, dv, stats, dsinks, whole, sums, pattern, bias, mask, alibi_slopes, sinks,
+        q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, seed if dropout_p > 0 else None, max_seqlen_q, max_seqlen_k, causal,
+        window_left, window_right, softcap, dropout_p, scale,
+    )  # fmt: skip
+    # the second stages: torch's sums have a fixed order, and what they read is small
+    if sums is not None:
+        reduced = [*shape[:2], bias.shape[3] if pattern == COLUMNS else shape[2]]
+        over = [dim for dim, (full, kept) in enumerate(zip(sums.shape, reduced, strict=True)) if kept != full]
+        dbias = (sums.sum(over) if over else sums).reshape(shape).to(bias.dtype)
+    dsinks = dsinks.sum((0, 2)).to(sinks.dtype) if sinks_grad else q.new_empty(0)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, dsinks
+
+
+PLANE, SUM, COLUMNS, ROWS = 1, 2, 3, 4  # BiasGradient of csrc/launchers.h
+
+
+def bias_pattern(full, kept):
+    """How the gradient of a bias of shape `kept`, broadcast to `full`, comes about."""
+    if kept[2] == full[2] and kept[3] == full[3]:
+        return PLANE if tuple(kept[:2]) == tuple(full[:2]) else SUM
+    return COLUMNS if kept[3] == full[3] else ROWS
 
 
 def readable(t):
