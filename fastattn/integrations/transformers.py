@@ -112,9 +112,9 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
     Arguments are those of transformers' mask functions. None and the padding mask leave causality to the call's flag, and
     are only given where transformers allows it; where it does not, the mask has the shape that its own would have.
     """
-    positions = kwargs.get(
-        "cache_position"
-    )  # transformers 5.0 gives these, later ones a length and an offset
+    positions = kwargs.pop(
+        "cache_position", None
+    )  # of transformers 5.0; later ones give a length and an offset
     if positions is not None:
         where, q_length, q_offset = dict(cache_position=positions), len(positions), positions[0]
     else:
@@ -129,8 +129,8 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
             # Rows start at the first key, so none looks beyond key q_length - 1.
             padding = attention_mask if attention_mask is None else attention_mask[:, :q_length]
             return None if padding is None or (not is_tracing(padding) and padding.all()) else padding
-    if whole and mask_function is bidirectional_mask_function and "cache_position" not in kwargs:
-        where["q_length"] = 1  # all rows are alike
+    if whole and mask_function is bidirectional_mask_function:  # all rows are alike
+        where = dict(q_length=1, q_offset=0) if positions is None else dict(cache_position=positions[:1])
         row = sdpa_mask(mask_function=mask_function, **where, **kwargs)
         return row if row is None else row.expand(-1, -1, q_length, -1)
     return sdpa_mask(mask_function=mask_function, **where, **kwargs)
