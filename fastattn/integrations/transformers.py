@@ -209,7 +209,7 @@ def attach(model, report):
         before = inner.config._attn_implementation
         if before == NAME:
             continue
-        if not inner._can_set_attn_implementation():
+        if not (inner._can_set_attn_implementation() and any(map(_asks_the_table, inner.modules()))):
             reason = "its attention does not go through transformers' AttentionInterface, so that it cannot be switched"
             report.skipped.append((name, type(inner), reason))
             continue
@@ -221,6 +221,11 @@ def attach(model, report):
                     report.edit(below, module, attribute, copy.deepcopy(value, copies))
         inner.set_attn_implementation(NAME)
         report.attention.append((name, before, inner.config._attn_implementation))
+
+
+def _asks_the_table(module):
+    """Whether a module was written where transformers' attention implementations are looked up; some versions only guess."""
+    return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 def patch_at_load():
