@@ -14,195 +14,9 @@
 // them the scale folds into the exponent: one multiply-add an element.
 // Online softmax: Milakov and Gimelshein, arXiv 1805.02867; the tiling: Dao, arXiv 2307.08691.
 
-#include "rt.cuh"
-
-#include "attention.cuh"
-#include "launchers.h"
-#include "philox.cuh"
-#include "ptx.cuh"
+#include "attention_rules.cuh"
 
 namespace {
-
-// Where sequence b lies in a dim of `size`, the rows it owns and those that count. Wrong values never point outside.
-// Padded sequences own their padding, which the outputs fill; packed ones do not own their neighbours.
-struct Sequence {
-    int start, owned, length;
-
-    __device__ Sequence(const int32_t* lens, const int32_t* cu, int b, int size) : start(0), owned(size) {
-        if (cu) {
-            start = clamp(cu[b], 0, size);
-            owned = clamp(cu[b + 1], start, size) - start;
-        }
-        length = lens ? clamp(lens[b], 0, size) : owned;
-    }
-};
-
-// What the rules say of one batch b and head h.
-struct Place {
-    int b, h;
-    Sequence q, k;
-    int shift;
-
-    __device__ Place(const AttentionRules& r, int bh)
-        : b(bh / r.H), h(bh % r.H), q(r.q_lens, r.cu_q, b, r.S_q), k(r.kv_lens, r.cu_k, b, r.S_k),
-          shift(r.bottom_right ? k.length - q.length : 0) {}
-};
-
-// Bounds of a walk over positions x < length for positions t in [first, last) of which those below `owned` count: a pair
-// needs t + shift - back <= x <= t + shift + ahead, where they are not negative. In [clean_lo, clean_hi) all pairs of a
-// tile are allowed; a range that reaches past `owned` has no such tile.
-struct Walk {
-    int lo, clean_lo, clean_hi, hi;
-
-    template <int kBlock>
-    __device__ static Walk over(int first, int last, int owned, int length, int shift, int back, int ahead) {
-        Walk w{0, 0, 0, 0};
-        if (first >= owned) return w;
-        w.hi = length;
-        w.clean_hi = last <= owned ? length / kBlock * kBlock : 0;
-        last = min(last, owned);
-        if (ahead >= 0) {
-            w.hi = min(w.hi, max(last + shift + ahead, 0));
-            w.clean_hi = min(w.clean_hi, max(first + shift + ahead + 1, 0) / kBlock * kBlock);
-        }
-        if (back >= 0) {
-            w.lo = max(first + shift - back, 0) / kBlock * kBlock;
-            w.clean_lo = min(round_up(max(last - 1 + shift - back, 0), kBlock), w.hi);
-        }
-        return w;
-    }
-
-    __device__ bool clean(int x) const { return x >= clean_lo && x < clean_hi; }
-};
-
-template <typename T>
-__device__ T* head(const HeadRows& rows, int b, int h, int start) {
-    return static_cast<T*>(rows.data) + b * rows.stride_b + h * rows.stride_h + start * rows.stride_m;
-}
-
-__device__ inline float* head(const HeadStats& stats, int b, int h, int start) {
-    return stats.data + b * stats.stride_b + h * stats.stride_h + start;
-}
-
-// Rows first .. first + kRows of a head on their way to shared memory; zeros from row `end` and from column `width` on.
-// Eight threads take 128 bytes of a row, so that all that a thread copies lies at one place of the swizzle.
-template <int kRows, int kD, int kThreads, typename T>
-__device__ void copy_rows(T* to, const T* from, int64_t stride, int first, int end, int width) {
-    constexpr int kStep = kThreads / 8;
-    static_assert(kRows % kStep == 0 && kStep % 8 == 0 && kD % 64 == 0);
-    const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
-    to += swizzled<kD>(row, piece);
-    from += (first + row) * stride + piece * 8;
-#pragma unroll
-    for (int i = 0; i < kRows / kStep; i++)
-#pragma unroll
-        for (int j = 0; j < kD / 64; j++) {
-            const bool inside = first + row + i * kStep < end && piece * 8 + j * 64 < width;
-            ptx::cp_async_16_or_zeros(to + i * kStep * kD + j * 64, from + i * kStep * stride + j * 64, inside ? 16 : 0);
-        }
-}
-
-// q.k of row m (and m + 8) and keys n + 8 j, + 1 to logits in units of log2, but for lengths and the band. Tiles that are
-// not clean may reach outside the planes.
-template <int kKeys>
-__device__ void to_logits(Fragment<kKeys>& s, const AttentionRules& r, const Place& at, int m, int n, bool clean) {
-    const auto each = [&](auto visit) {
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) visit(s[j][e], m + e / 2 * 8, n + 8 * j + e % 2);
-    };
-    const float scale = r.softcap > 0 ? r.scale / r.softcap : r.scale * kLog2e;
-    each([&](float& v, int, int) { v *= scale; });
-    if (r.softcap > 0) {
-        const float cap = r.softcap * kLog2e;
-        each([&](float& v, int, int) { v = precise_tanh(v) * cap; });
-    }
-    const auto inside = [&](int row, int key) { return clean || (row < at.q.length && key < at.k.length); };
-    if (r.bias.data)
-        with_dtype(r.bias.dtype, [&](auto zero) {
-            using B = decltype(zero);
-            const B* bias = static_cast<const B*>(r.bias.data) + at.b * r.bias.stride_b + at.h * r.bias.stride_h;
-            each([&](float& v, int row, int key) {
-                if (!inside(row, key)) return;
-                const float b = to_float(bias[row * r.bias.stride_m + key * r.bias.stride_n]);
-                // only a true -inf excludes: the lowest finite number times log2(e) must not become one
-                v += b == -INFINITY ? b : fmaxf(b * kLog2e, -kFloatMax);
-            });
-        });
-    if (r.slopes) {
-        const float slope = r.slopes[at.b * r.slopes_stride_b + at.h * r.slopes_stride_h] * kLog2e;
-        each([&](float& v, int row, int key) { v -= slope * fabsf(static_cast<float>(row + at.shift - key)); });
-    }
-    if (r.mask.data) {
-        const auto* mask = static_cast<const uint8_t*>(r.mask.data) + at.b * r.mask.stride_b + at.h * r.mask.stride_h;
-        each([&](float& v, int row, int key) {
-            if (inside(row, key) && !mask[row * r.mask.stride_m + key * r.mask.stride_n]) v = -INFINITY;
-        });
-    }
-}
-
-// Excludes what lies outside the sequences or the band.
-template <int kKeys>
-__device__ void exclude(Fragment<kKeys>& s, const AttentionRules& r, const Place& at, int m, int n) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = m + half * 8;
-        const int first = r.left < 0 ? 0 : row + at.shift - r.left;
-        int end = r.right < 0 ? at.k.length : min(at.k.length, row + at.shift + r.right + 1);
-        if (row >= at.q.length) end = first;
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; j++)
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; e++) {
-                const int key = n + 8 * j + e % 2;
-                if (key < first || key >= end) s[j][e] = -INFINITY;
-            }
-    }
-}
-
-// Drops what reference.dropout_mask drops of rows m, m + 8 and keys n + 8 j, + 1: one draw a lane serves two of its j.
-template <int kKeys>
-__device__ void drop(Fragment<kKeys>& p, const AttentionRules& r, const Place& at, int m, int n) {
-    const RowDropoutKey key = row_dropout_key(r.dropout);
-    const uint32_t row_group = m / 16 * 4 + m % 8 / 2;
-#pragma unroll
-    for (int square = 0; square < kKeys / 16; square++) {
-        const uint32_t key_group = (n / 16 + square) * 4 + n % 8 / 2;
-        const auto [words] = philox4x32_7(key.key, static_cast<uint32_t>(at.b * r.H + at.h), row_group, key_group, key.offset);
-        const uint32_t even = m & 1 ? words[2] : words[0], odd = m & 1 ? words[3] : words[1];
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const uint32_t draw = (e % 2 ? odd : even) >> 8 * (e / 2 * 2 + j) & 0xff;
-                if (draw < key.threshold) p[2 * square + j][e] = 0;
-            }
-    }
-}
-
-// A warp's 16 rows from row m of a head: through `staging`, which no other warp touches, to 16-byte stores.
-template <int kD, typename T>
-__device__ void store_rows(const Fragment<kD>& rows, T* staging, T* to, int64_t stride, int m, int end, int width) {
-    const int lane = threadIdx.x % 32;
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kD / 8; j++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            T* at = staging + swizzled<kD>(lane / 4 + half * 8, j) + lane % 4 * 2;
-            *reinterpret_cast<uint32_t*>(at) = pack<T>(rows[j][2 * half], rows[j][2 * half + 1]);
-        }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 16 * kD / 8 / 32; i++) {
-        const int row = (i * 32 + lane) / (kD / 8), piece = (i * 32 + lane) % (kD / 8);
-        if (m + row >= end || piece * 8 >= width) continue;
-        const T* at = staging + swizzled<kD>(row, piece);
-        READS(at, 16);
-        __stwb(reinterpret_cast<uint4*>(to + (m + row) * stride + piece * 8), *reinterpret_cast<const uint4*>(at));
-    }
-}
 
 constexpr int kSlots = 3;  // tiles of k or v that the ring holds
 
@@ -228,7 +42,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_fwd_kernel(const Attent
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kTiles * 16;
     const int m = m0 + warp_row + lane / 4;  // this lane's first row
 
-    const Walk walk = Walk::over<kKeys>(m0, m0 + kQueries, at.q.length, at.k.length, at.shift, r.left, r.right);
+    const Span walk = Span::over<kKeys>(m0, m0 + kQueries, at.q.length, at.k.length, at.shift, r.left, r.right);
     const int steps = walk.hi > walk.lo ? (walk.hi - walk.lo + kKeys - 1) / kKeys : 0;
     const T* const k = head<T>(a.k, at.b, at.h / r.group, at.k.start);
     const T* const v = head<T>(a.v, at.b, at.h / r.group, at.k.start);
@@ -303,8 +117,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_fwd_kernel(const Attent
         const bool clean = walk.clean(n0);
 #pragma unroll
         for (int i = 0; i < kTiles; i++) {
-            if (kRich) to_logits<kKeys>(s[i], r, at, m + i * 16, n, clean);
-            if (!clean) exclude<kKeys>(s[i], r, at, m + i * 16, n);
+            if (kRich) to_logits<false>(s[i], r, at, m + i * 16, n, clean, [](int, int, float) {});
+            if (!clean) exclude<false>(s[i], r, at, m + i * 16, n);
             float shrink[2];
             bool grew = false;
 #pragma unroll
@@ -328,7 +142,10 @@ __global__ void __launch_bounds__(kWarps * 32) attention_fwd_kernel(const Attent
                     }
                 sum[i][half] = sum[i][half] * shrink[half] + more;
             }
-            if (kRich && r.dropout.seed) drop<kKeys>(s[i], r, at, m + i * 16, n);
+            if (kRich && r.dropout.seed) {
+                const uint32_t keep = kept<false, kKeys>(r, at, m + i * 16, n);
+                each<false>(s[i], m, n, [&](float& v, int j, int e, int, int) { v = keep >> (4 * j + e) & 1 ? v : 0.0f; });
+            }
             if (__any_sync(kAll, grew)) {
 #pragma unroll
                 for (int j = 0; j < kD / 8; j++)
@@ -414,8 +231,7 @@ const Forward (&forward_table())[kWidths] {
 template <typename T>
 int forward(const AttentionFwd& a, void* stream) {
     const AttentionRules& r = a.rules;
-    const bool rich = r.bias.data || r.mask.data || r.slopes || r.dropout.seed || r.softcap > 0 || !(r.scale > 0);
-    const auto& table = rich ? forward_table<T, true>() : forward_table<T, false>();
+    const auto& table = is_rich(r) ? forward_table<T, true>() : forward_table<T, false>();
     const int width = r.D > r.Dv ? r.D : r.Dv;
     const Forward* row = table;
     while (row->widest < width) row++;
@@ -425,20 +241,10 @@ int forward(const AttentionFwd& a, void* stream) {
     return KLAUNCH(row->kernel, static_cast<unsigned>(grid), row->warps * 32, row->shared, stream, a);
 }
 
-template <typename Body>
-int with_half(int dtype, Body body) {
-    return dtype == kFloat16 ? body(__half{}) : body(__nv_bfloat16{});
-}
-
 template <typename Row>
 int load_kernels(const Row (&table)[kWidths]) {
-    cudaFuncAttributes attributes;
-    for (const Row& row : table) {
-        const auto* kernel = reinterpret_cast<const void*>(row.kernel);
-        int code = cudaFuncGetAttributes(&attributes, kernel);
-        if (code == cudaSuccess) code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, row.shared);
-        if (code != cudaSuccess) return code;
-    }
+    for (const Row& row : table)
+        if (const int code = load_kernel(row.kernel, row.shared)) return code;
     return cudaSuccess;
 }
 
