@@ -60,6 +60,16 @@ def test_no_local_memory(report):
             assert not [op for op in ops if op.startswith(("LDL", "STL"))], kernel
 
 
+def test_attention_runs_on_tensor_cores_from_asynchronous_copies(report, census):
+    sass = {k: row["sass"]["all"] for p in report for k, row in p["kernels"].items() if row["sass"]}
+    tiled = ("attention_fwd_", "attention_bwd_dkdv_", "attention_bwd_dq_", "attention_decode_fwd_")
+    checked = [kernel for kernel in sass if kernel.startswith(tiled)]
+    assert {kernel.partition("kernel")[0] for kernel in checked} == set(tiled)
+    for kernel in checked:
+        for kind in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"):
+            assert any(op.startswith(kind) for op in sass[kernel]), f"{kernel}: no {kind}"
+
+
 def test_vectors_move_in_16_byte_accesses(census, report):
     sass = {k: row["sass"] for p in report for k, row in p["kernels"].items() if row["sass"]}
     checked = [kernel for kernel in census if cuda_costs.vectors(kernel)]
