@@ -243,7 +243,8 @@ def cases(functions=()):
     found += [c for M, N in SIZES[9:] for c in sized(M, N, "as is")]
     found += [dataclasses.replace(c, label=f"check: {c.label}") for c in CASES]
     ours = ("softmax", "log_softmax", "scaled_masked_softmax", "layer_norm", "rms_norm", "add_layer_norm",
-            "add_rms_norm", "add_positional_encoding", "embeddings")  # fmt: skip
+            "add_rms_norm", "add_positional_encoding", "embeddings", "attention", "attention_varlen", "attention_decode",
+            "scaled_dot_product_attention")  # fmt: skip
     return [c for c in found if c.function in (functions or ours)]
 
 
