@@ -1,7 +1,13 @@
-"""Which lines of the CUDA kernels `make mutants` spoils, and that what nothing notices is listed with a reason."""
+"""Every SAMPLE-th spoilt line of the CUDA kernels is caught, or listed with the reason; `make mutants` spoils all."""
+
+import shutil
 
 import mutants
+import pytest
 
+from fastattn import cuda
+
+SAMPLE = 16
 EXAMPLE = """
 namespace {
 int host(int n) { return n < 3 ? n : 3; }
@@ -37,3 +43,17 @@ def test_survivors_have_reasons_and_exist():
         for key, reason in reasons.items():
             assert key in keys, f"{file} has no such line any more: {key}"
             assert reason, f"why does nothing notice {key}?"
+
+
+@pytest.mark.skipif(
+    cuda.not_emulated() is not None or not shutil.which("g++"), reason="no emulated build here"
+)
+def test_a_sample_is_caught(tmp_path):
+    """By the plain build alone: what only a sanitizer sees is listed too, and built by `make mutants`.
+
+    Clean code comes first and stops the run where a call of it is wrong.
+    """
+    known = mutants.listed()
+    tried, left = mutants.survivors(tmp_path, SAMPLE, tiers=("plain",))
+    assert len(tried) > 20
+    assert not [(file, key) for file, key in left if key not in known.get(file, {})]

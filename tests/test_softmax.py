@@ -119,14 +119,14 @@ def test_scaled_masked_softmax(fused, mask, causal):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend_name", ["triton", "cuda", "torch"])
+@pytest.mark.parametrize("fused", ["triton", "cuda", "torch"], indirect=True)
 @pytest.mark.parametrize("shape", [(2, 70, 130), (3, 33000)], ids=str)
-def test_scaled_masked_softmax_rows_with_nothing_attended(shape, backend_name, dtype):
+def test_scaled_masked_softmax_rows_with_nothing_attended(shape, fused, dtype):
     mask = torch.rand(shape) > 0.5
     mask[..., 1, :] = False
     scores = leaf(*shape, dtype=dtype, std=4.0)
     options = {"scale": 0.3, "causal": len(shape) == 3, "mask": mask}
-    ours = forced(scaled_masked_softmax, backend_name)
+    ours = forced(scaled_masked_softmax, fused)
     assert not check(ours, reference.scaled_masked_softmax, (scores,), options=options)
     y = ours(scores, **options)
     gradient = torch.autograd.grad(y.sum(), scores)[0]
@@ -240,11 +240,11 @@ def test_the_launchers_behind_torch_ops(fused):
 
 @pytest.mark.parametrize("function", [softmax, functools.partial(scaled_masked_softmax, causal=True, scale=0.5)],
                          ids=["softmax", "scaled_masked_softmax"])  # fmt: skip
-@pytest.mark.parametrize("backend_name", ["triton", "cuda", None], ids=["triton", "cuda", "default"])
-def test_compiles_to_one_graph(function, backend_name):
+@pytest.mark.parametrize("fused", ["triton", "cuda", None], ids=["triton", "cuda", "default"], indirect=True)
+def test_compiles_to_one_graph(function, fused):
     x = leaf(5, 24)
     compiled = torch.compile(lambda t: function(t).sin(), fullgraph=True, backend="aot_eager")
-    with use_backend(backend_name):
+    with use_backend(fused):
         results = [(y, torch.autograd.grad(y.sum(), x)[0]) for y in (function(x).sin(), compiled(x))]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
