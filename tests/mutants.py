@@ -27,11 +27,12 @@ import zlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SURVIVORS = ROOT / "tests/data/mutant_survivors.json"
-HEADERS = ("rt.cuh", "philox.cuh")
+# The attention sources are not spoilt yet: nobody has gone through what survives there.
+SPOILT = ("rt.cuh", "philox.cuh", "softmax.cu", "layer_norm.cu", "position.cu")
 RULE, ORDER, ERROR, ADDRESS, RACE = 1, 2, 3, 4, 5  # exit statuses of the process that runs a mutant
 ORDERED = ("sync", "exit", "equal", "share", "index")  # kinds that may let two threads meet
 SANITIZERS = ("address sanitizer", "race sanitizer")  # as reasons
-SANITIZED = 24  # calls of one mutant, evenly chosen, that a sanitizer is shown
+SANITIZED = 24  # calls of one mutant, evenly chosen, that a sanitizer is shown beside the widest
 SECONDS = {"plain": 3, "address": 20, "race": 40}  # of one call's processor time
 STATUS = {
     0: "not caught",
@@ -145,14 +146,13 @@ class Mutants:
         with open(folder / "csrc/emulation/emulation.h", "a") as header:
             header.write(SWITCH)
         (folder / "csrc/mutant.cpp").write_text(SWITCHES)
-        files = [*HEADERS, *sorted(p.name for p in (ROOT / "csrc").glob("*.cu"))]
-        self.texts = {name: (ROOT / "csrc" / name).read_text() for name in files}
+        self.texts = {name: (ROOT / "csrc" / name).read_text() for name in SPOILT}
         sites = [(name, *site) for name, text in self.texts.items() for site in mutants_of(text)]
         self.sites = [site for site in sites if zlib.crc32(site[2].encode()) % sample == 0]
         while True:
             self.switch(range(1, len(self.sites) + 1))
             # What stands where a constant must cannot have a switch: such lines are left alone.
-            refused = self.lines_refused([name for name in files if name.endswith(".cu")])
+            refused = self.lines_refused([name for name in SPOILT if name.endswith(".cu")])
             if not refused:
                 break
             kept = [site for site in self.sites if site[:2] not in refused]
@@ -286,7 +286,10 @@ def run(extension, tier, jobs, files, ordered, reached):
 
     def calls_of(n):
         mine = reached.get(str(n), [])
-        return mine if tier == "plain" else mine[:: 1 + len(mine) // SANITIZED]
+        if tier == "plain":
+            return mine
+        wide = [i for i in mine if "33000" in calls[i].case.label]  # the rows that are read in chunks
+        return sorted({*mine[:: 1 + len(mine) // SANITIZED], *wide})
 
     def run_mutant(n):
         mutant.value = n
