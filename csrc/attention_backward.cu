@@ -169,6 +169,20 @@ __device__ void store_bias_gradient(Fragment<kKeys>& ds, const AttentionBwd& a, 
     });
 }
 
+// The sums of a warp's rows from `first` on, this lane's among them, added up and stored; `sums` begins anew.
+template <int kTiles>
+__device__ void store_sums(float (&sums)[kTiles][2], float* to, int first, int end) {
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float sum = over_row(sums[i][half], [](float x, float y) { return x + y; });
+            const int row = first + i * 16 + half * 8;
+            if (threadIdx.x % 4 == 0 && row < end) to[row] = sum;
+            sums[i][half] = 0;
+        }
+}
+
 template <typename T>
 constexpr int dkdv_shared_memory(int D, int keys, int queries) {
     return 2 * (keys + 2 * queries) * D * static_cast<int>(sizeof(T)) + 2 * queries * static_cast<int>(sizeof(Stat));
@@ -288,17 +302,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_bwd_dkdv_kernel(const A
     };
     for (; at.h < h + r.group; at.h++) {
         for (int m0 = walk.lo; m0 < walk.hi; m0 += kQueries) step(m0);
-        if (!kRich || !kDk || a.dbias_of != BiasGradient::kColumns) continue;
-        float* const columns = head(a.bias_sums, at.b, at.h, 0);
-#pragma unroll
-        for (int i = 0; i < kTiles; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float sum = over_row(sums[i][half], [](float x, float y) { return x + y; });
-                const int key = n + i * 16 + half * 8;
-                if (lane % 4 == 0 && key < r.S_k) columns[key] = sum;
-                sums[i][half] = 0;
-            }
+        if (kRich && kDk && a.dbias_of == BiasGradient::kColumns)
+            store_sums(sums, head(a.bias_sums, at.b, at.h, 0), n, r.S_k);
     }
 
     const float rescale = kRich && r.dropout.seed ? r.dropout.rescale : 1.0f;
@@ -392,17 +397,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_bwd_dq_kernel(const Att
         store_rows<kD>(dq[i], sWarpQ + i * 16 * kD, head<T>(a.dq, at.b, at.h, at.q.start), a.dq.stride_m,
                        m0 + warp_row + i * 16, at.q.owned, r.D);
     }
-    if (kRich && a.dbias_of == BiasGradient::kRows) {
-        float* const rows = head(a.bias_sums, at.b, at.h, 0);
-#pragma unroll
-        for (int i = 0; i < kTiles; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float sum = over_row(sums[i][half], [](float x, float y) { return x + y; });
-                const int row = m + i * 16 + half * 8;
-                if (lane % 4 == 0 && row < r.S_q) rows[row] = sum;
-            }
-    }
+    if (kRich && a.dbias_of == BiasGradient::kRows) store_sums(sums, head(a.bias_sums, at.b, at.h, 0), m, r.S_q);
     if (kRich && a.dbias_of == BiasGradient::kPlane) {  // what the walk skipped
         const int walked = walk.lo < walk.hi ? walk.lo + round_up(walk.hi - walk.lo, kKeys) : walk.lo;
         with_dtype(a.dbias.dtype, [&](auto zero) {

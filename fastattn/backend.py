@@ -41,9 +41,7 @@ ROWS = (
 )
 
 calls: collections.Counter = collections.Counter()  # (op, backend) -> eager calls in this process
-why_torch: collections.Counter = (
-    collections.Counter()
-)  # (op, reason) -> those of them that stock torch served
+why_torch: collections.Counter = collections.Counter()  # (op, reason) -> those that stock torch served
 debug = False  # True also checks ids, lengths and offsets that lie on a GPU, which synchronises
 
 

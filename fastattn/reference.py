@@ -10,10 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-stock_softmax, stock_log_softmax = (
-    torch.softmax,
-    torch.log_softmax,
-)  # bound at import, since fastattn.enable() puts ours there
+# bound at import, since fastattn.enable() puts ours there
+stock_softmax, stock_log_softmax = torch.softmax, torch.log_softmax
 
 # Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 PHILOX_ROUNDS = 7

@@ -19,16 +19,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastattn import backend, functional
 
-stock_attention, stock_layer_norm, stock_rms_norm = (
-    F.scaled_dot_product_attention,
-    F.layer_norm,
-    F.rms_norm,
-)
-stock_softmax, stock_log_softmax, stock_multi_head = (
-    torch.softmax,
-    torch.log_softmax,
-    F.multi_head_attention_forward,
-)
+stock_attention, stock_multi_head = F.scaled_dot_product_attention, F.multi_head_attention_forward
+stock_layer_norm, stock_rms_norm = F.layer_norm, F.rms_norm
+stock_softmax, stock_log_softmax = torch.softmax, torch.log_softmax
 
 
 def accelerated():

@@ -17,8 +17,6 @@ import sys
 import warnings
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn as stock
 
 from fastattn import backend, nn
@@ -176,6 +174,10 @@ class Report:
         return sorted(fused + [(op, "torch", n, reason) for (op, reason), n in why.items()])
 
     def __str__(self):
+        # who does not print does not wait for it
+        from rich.console import Console
+        from rich.table import Table
+
         title = (
             f"fastattn: {_count(self.swapped, 'module')} swapped, {len(self.skipped)} left, "
             f"{_count(self.attributes, 'attribute')} changed"

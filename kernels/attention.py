@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_host import bias_gradient, bias_gradient_of, sinks_gradient_of
+
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 FLOAT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
@@ -727,14 +729,7 @@ def attention_bwd(
     # rows past the last packed sequence are nobody's
     new = torch.empty_like if cu_seqlens_q is None else torch.zeros_like
     dq, dk, dv, delta = new(q), new(k), new(v), torch.empty_like(lse)
-    dbias, sums, pattern = q.new_empty(0), None, None
-    if bias_grad:
-        shape = [1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True)]
-        pattern = bias_pattern(bias.shape, shape)
-        if pattern in ("cols", "rows"):
-            sums = q.new_empty(B, H, rules.S_k if pattern == "cols" else rules.S_q, dtype=torch.float32)
-        else:
-            dbias = bias.new_empty(shape)
+    pattern, dbias, sums = bias_gradient(bias) if bias_grad else (None, q.new_empty(0), None)
 
     with on_device(q):
         tiles = triton.cdiv(max_seqlen_q, DELTA_ROWS)
@@ -774,12 +769,8 @@ def attention_bwd(
                     *saved, plane(dbias), rules, kept_h, B // kept_b, H // kept_h, **static, **row
                 )
 
-    # The second stages: torch's sums have a fixed order, and what they read is small.
-    if sums is not None:
-        reduced = [*shape[:2], shape[2] if pattern == "rows" else rules.S_k]
-        over = [dim for dim, (full, kept) in enumerate(zip(sums.shape, reduced, strict=True)) if kept != full]
-        dbias = (sums.sum(over) if over else sums).reshape(shape).to(bias.dtype)
-    dsinks = dsinks.sum((0, 2)).to(sinks.dtype) if sinks_grad else q.new_empty(0)
+    dbias = dbias if sums is None else bias_gradient_of(sums, pattern, bias)
+    dsinks = sinks_gradient_of(dsinks, sinks) if sinks_grad else q.new_empty(0)
     return dq, dk, dv, dbias, dsinks
 
 
@@ -880,14 +871,6 @@ def stats(x):
 
 def plane(x):
     return Plane(x, *x.stride(), *(tl.constexpr(x.stride(d) != 0 and x.shape[d] > 1) for d in (2, 3)))
-
-
-def bias_pattern(full, kept):
-    """Which kernel gives a bias' gradient: "plane" dq stores ds, "loop" sums planes, "cols", "rows" (B, H, S) sums."""
-    rows_kept, keys_kept = full[2] == kept[2], full[3] == kept[3]
-    if rows_kept and keys_kept:
-        return "plane" if list(full[:2]) == list(kept[:2]) else "loop"
-    return "cols" if keys_kept else "rows"
 
 
 def on_device(x):

@@ -20,13 +20,13 @@ The scheme is Flash-Decoding's: https://pytorch.org/blog/flash-decoding/
 """
 
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
 from .attention import tanh
+from .attention_host import choose_splits
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -382,15 +382,3 @@ def architecture(device):
 @functools.cache
 def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_splits(programs, blocks, processors):
-    """The fewest shares of `blocks` key blocks that leave at most 15 % more of the last wave idle than the best number does.
-
-    Two programs fit a processor. A share has at least two key blocks, or the second kernel would cost more than it saves.
-    """
-    most = max(1, min(blocks // 2, 128))
-    waves = [programs * splits / (2 * processors) for splits in range(1, most + 1)]
-    busy = [wave / math.ceil(wave) for wave in waves]
-    return 1 + next(s for s in range(most) if busy[s] >= 0.85 * max(busy))

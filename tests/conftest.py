@@ -39,11 +39,15 @@ def device():
 @pytest.fixture(params=["triton", "cuda"])
 def fused(request):
     """Each fused backend: on CPU tensors Triton's interpreter and the emulated build of the CUDA sources."""
-    if request.param == "cuda":
-        reason = cuda.not_emulated() if DEVICE == "cpu" else cuda.unavailable()
-        if reason:
-            pytest.skip(reason)
-    return request.param
+    return present(request.param)
+
+
+def present(backend):
+    """The name of a backend, which skips a test where it cannot be here."""
+    reason = backend == "cuda" and (cuda.not_emulated() if DEVICE == "cpu" else cuda.unavailable())
+    if reason:
+        pytest.skip(reason)
+    return backend
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import math
 import emulated_cases
 import pytest
 import torch
+from conftest import present
 
 import fastattn
 from fastattn import backend, cuda, reference
@@ -13,6 +14,7 @@ from fastattn.check import check
 from fastattn.cuda import attention_decode as cuda_kernels
 from fastattn.functional import attention_decode
 from fastattn.kernels import attention_decode as kernels
+from fastattn.kernels import attention_host
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENS = (0, 131, 395)  # nothing cached, one key past a tile, several tiles and a ragged one
@@ -21,10 +23,7 @@ LENS = (0, 131, 395)  # nothing cached, one key past a tile, several tiles and a
 @pytest.fixture(params=["triton", "cuda", "torch"])
 def name(request):
     """Every backend; the tests that stock torch has no part in take `fused`."""
-    reason = cuda.not_emulated() if not torch.cuda.is_available() else cuda.unavailable()
-    if request.param == "cuda" and reason:
-        pytest.skip(reason)
-    return request.param
+    return present(request.param)
 
 
 def widest(name):
@@ -389,8 +388,8 @@ def test_tables_are_legal():
             assert row["BLOCK_N"] >= 16 <= row["MAX_M"]  # tl.dot takes no dim below 16
 
 
-@pytest.mark.parametrize("choose", [kernels.choose_splits, cuda_kernels.choose_splits])
-def test_choice_of_splits(choose):
+def test_choice_of_splits():
+    choose = attention_host.choose_splits
     assert choose(2048, 512, 132) == 1  # many waves without any split
     assert choose(8, 1, 132) == choose(8, 3, 132) == 1  # nothing to share
     for programs, blocks in itertools.product((1, 7, 64, 200, 265, 300), (4, 40, 2048)):

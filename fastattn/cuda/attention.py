@@ -5,20 +5,35 @@ import math
 import torch
 
 from fastattn import backend, cuda
+from fastattn.kernels.attention_host import (
+    bias_gradient,
+    bias_gradient_of,
+    shape_before_broadcasting,
+    sinks_gradient_of,
+)
+
+PATTERNS = (None, "plane", "loop", "cols", "rows")  # BiasGradient of csrc/launchers.h
 
 
 def attention_why_not(q, k, v, extras, return_weights):
     """Beyond `cuda.why_not`: 16-bit tensors, head dims in pieces of 16 bytes, no gradient of slopes."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {q.dtype} is not float16 or bfloat16, which the tensor cores multiply"
-    D, D_v = q.shape[-1], v.shape[-1]
-    if max(D, D_v) > 256 or D % 8 or D_v % 8 or not D or not D_v:
-        return f"head dims that are multiples of 8 up to 256 are served, q has {D} and v has {D_v}"
+    if reason := operands_why_not(q, v, "v"):
+        return reason
     if backend.needs_grad(extras[2]):
         return "alibi_slopes requires grad, which only the composite computes"
     if return_weights:
         return "return_weights is not written in CUDA C++ yet"
     return cuda.why_not(q, k, v, *extras)
+
+
+def operands_why_not(q, v, name):
+    """What products of q (..., D) with keys and of probabilities with v (..., D_v), called `name`, need."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {q.dtype} is not float16 or bfloat16, which the tensor cores multiply"
+    D, D_v = q.shape[-1], v.shape[-1]
+    if max(D, D_v) > 256 or D % 8 or D_v % 8 or not D or not D_v:
+        return f"head dims that are multiples of 8 up to 256 are served, q has {D} and {name} has {D_v}"
+    return None
 
 
 def attention_fwd(
@@ -66,39 +81,20 @@ def attention_bwd(
     stats = q.new_empty(*heads, 2, dtype=torch.float32)
     longest = min(max_seqlen_q, S_q) if packed else S_q
     dsinks = q.new_empty(B, H, -(-longest // tile), dtype=torch.float32) if sinks_grad else None
-    pattern, shape, dbias, sums = 0, None, None, None
-    if bias_grad:
-        shape = [1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True)]
-        pattern = bias_pattern(bias.shape, shape) if bias.numel() else 0
-        if not pattern:
-            dbias = bias.new_zeros(shape)
-        elif pattern in (PLANE, SUM):
-            dbias = bias.new_empty(shape)
-        else:
-            sums = q.new_empty(B, H, bias.shape[3 if pattern == COLUMNS else 2], dtype=torch.float32)
-    whole = dbias.expand(bias.shape) if pattern in (PLANE, SUM) else None
+    pattern, dbias, sums = None, q.new_empty(0), None
+    if bias_grad and bias.numel():
+        pattern, dbias, sums = bias_gradient(bias)
+    elif bias_grad:
+        dbias = bias.new_zeros(shape_before_broadcasting(bias))
+    whole = dbias.expand(bias.shape) if pattern in ("plane", "loop") else None
     module.attention_bwd(
-        do, dlse, q, k, v, o, lse, dq, dk, dv, stats, dsinks, whole, sums, pattern, bias, mask, alibi_slopes, sinks,
+        do, dlse, q, k, v, o, lse, dq, dk, dv, stats, dsinks, whole, sums, PATTERNS.index(pattern), bias, mask, alibi_slopes, sinks,
         q_lens, kv_lens, cu_seqlens_q, cu_seqlens_k, seed if dropout_p > 0 else None, max_seqlen_q, max_seqlen_k, causal,
         window_left, window_right, softcap, dropout_p, scale,
     )  # fmt: skip
-    # the second stages: torch's sums have a fixed order, and what they read is small
-    if sums is not None:
-        reduced = [*shape[:2], bias.shape[3] if pattern == COLUMNS else shape[2]]
-        over = [dim for dim, (full, kept) in enumerate(zip(sums.shape, reduced, strict=True)) if kept != full]
-        dbias = (sums.sum(over) if over else sums).reshape(shape).to(bias.dtype)
-    dsinks = dsinks.sum((0, 2)).to(sinks.dtype) if sinks_grad else q.new_empty(0)
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, dsinks
-
-
-PLANE, SUM, COLUMNS, ROWS = 1, 2, 3, 4  # BiasGradient of csrc/launchers.h
-
-
-def bias_pattern(full, kept):
-    """How the gradient of a bias of shape `kept`, broadcast to `full`, comes about."""
-    if kept[2] == full[2] and kept[3] == full[3]:
-        return PLANE if tuple(kept[:2]) == tuple(full[:2]) else SUM
-    return COLUMNS if kept[3] == full[3] else ROWS
+    dbias = dbias if sums is None else bias_gradient_of(sums, pattern, bias)
+    dsinks = sinks_gradient_of(dsinks, sinks) if sinks_grad else q.new_empty(0)
+    return dq, dk, dv, dbias, dsinks
 
 
 def readable(t):

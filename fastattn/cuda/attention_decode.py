@@ -1,12 +1,10 @@
 """Decoding's launcher in CUDA C++: csrc/attention_decode.cu. Same name, arguments and results as kernels/attention_decode.py."""
 
-import functools
-import math
-
 import torch
 
 from fastattn import backend, cuda
-from fastattn.cuda.attention import readable
+from fastattn.cuda.attention import operands_why_not, readable
+from fastattn.kernels.attention_host import choose_splits
 
 KEYS = {64: 128, 128: 64, 192: 64, 256: 64}  # of a tile, by the padded head width
 
@@ -15,11 +13,8 @@ def attention_decode_why_not(q, k_cache, v_cache, *rest):
     """Beyond `cuda.why_not`: 16-bit tensors, no gradient, head dims and caches in pieces of 16 bytes."""
     if backend.needs_grad(q, k_cache, v_cache, *rest):
         return "an input requires grad and decoding has no backward kernel; call it under torch.no_grad(), or use attention"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {q.dtype} is not float16 or bfloat16, which the tensor cores multiply"
-    D, D_v = q.shape[3], v_cache.shape[3]
-    if max(D, D_v) > 256 or D % 8 or D_v % 8 or not D or not D_v:
-        return f"head dims that are multiples of 8 up to 256 are served, q has {D} and v_cache has {D_v}"
+    if reason := operands_why_not(q, v_cache, "v_cache"):
+        return reason
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         *strides, last = cache.stride()
         # Dynamo does not trace the offset; what is compiled is refused by the launch itself
@@ -60,17 +55,3 @@ def attention_decode_fwd(
         num_splits, window_left, softcap, scale,
     )  # fmt: skip
     return o, lse
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_splits(blocks, tiles, processors):
-    """The fewest shares of `tiles` tiles of keys that leave at most 15 % more of the last wave idle than the best number does.
-
-    Two blocks fit a processor. A share has at least two tiles, or the second kernel would cost more than it saves.
-    """
-    most = max(1, min(tiles // 2, 128))
-    if not blocks:
-        return 1
-    waves = [blocks * splits / (2 * processors) for splits in range(1, most + 1)]
-    busy = [wave / math.ceil(wave) for wave in waves]
-    return 1 + next(s for s in range(most) if busy[s] >= 0.85 * max(busy))

@@ -91,12 +91,7 @@ class BERTConfig:
             )
         known = {f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found}
         try:
-            if found.get("id2label"):
-                known["id2label"] = {
-                    int(i): label for i, label in found["id2label"].items()
-                }  # JSON's keys are text
-                known["num_labels"] = len(known["id2label"])
-            return cls(**known)
+            return cls(**known | checkpoint.label_fields(found))
         except (AttributeError, TypeError, ValueError) as e:
             raise checkpoint.CheckpointError(
                 f"BERT: the checkpoint's config does not describe a model: {e}"

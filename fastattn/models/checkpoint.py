@@ -37,6 +37,17 @@ def read(path):
     return config, Stored(_files(path))
 
 
+def label_fields(config):
+    """num_labels and id2label of a config.json that names what a classifier's outputs mean, as a model's config has them."""
+    names = config.get("id2label")
+    if not names:
+        return {}
+    return {
+        "num_labels": len(names),
+        "id2label": {int(i): name for i, name in names.items()},
+    }  # JSON's keys are text
+
+
 def _files(path):
     """{name: the file that holds it, None for whatever the file has}."""
     if not path.is_dir():

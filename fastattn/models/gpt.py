@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastattn import functional as F
 from fastattn.models import generation, training
-from fastattn.models.checkpoint import CheckpointError, load_into, read, write
+from fastattn.models.checkpoint import CheckpointError, label_fields, load_into, read, write
 from fastattn.nn import LayerNorm
 
 SIZES = {
@@ -441,12 +441,7 @@ def config_from(stored, **overrides):
     else:
         raise CheckpointError(f"model_type is {kind!r}, needs one of {', '.join((*HEADS, OURS))}")
     try:
-        if stored.get("id2label"):
-            found["id2label"] = {
-                int(i): label for i, label in stored["id2label"].items()
-            }  # JSON's keys are text
-            found["num_labels"] = len(found["id2label"])
-        return GPTConfig(**found | overrides)
+        return GPTConfig(**found | label_fields(stored) | overrides)
     except (AttributeError, TypeError, ValueError) as e:
         raise CheckpointError(f"config.json: {e}") from e
 

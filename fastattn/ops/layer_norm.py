@@ -9,10 +9,8 @@ from fastattn import backend, cuda, reference
 from fastattn.cuda.layer_norm import layer_norm_infer, layer_norm_train, layer_norm_usual, layer_norm_why_not
 
 OP = "layer_norm"
-stock_layer_norm, stock_rms_norm = (
-    F.layer_norm,
-    F.rms_norm,
-)  # bound at import, since fastattn.enable() puts ours there
+# bound at import, since fastattn.enable() puts ours there
+stock_layer_norm, stock_rms_norm = F.layer_norm, F.rms_norm
 WIDENED = {name: backend.autocast_devices(name) for name in ("layer_norm", "rms_norm")}
 
 
@@ -36,7 +34,7 @@ def rms_norm(x, normalized_shape, weight=None, eps=None, *, out_dtype=None):
 
 def add_layer_norm(x, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0, prenorm=False,
                    out_dtype=None):  # fmt: skip
-    """r = residual + F.dropout(x), y = layer_norm(r): returns y, or (y, r) with prenorm, where r is the next block's residual.
+    """r = residual + dropout(x), y = layer_norm(r): returns y, or (y, r) with prenorm, where r is the next block's residual.
 
     x, residual: (..., *normalized_shape); residual, and with it r, may be fp32 beside a 16-bit x. y has x's dtype (autocast
     and out_dtype as in layer_norm). dropout_p in [0, 1] is rounded to a multiple of 2^-16; the mask is drawn from torch's
@@ -49,7 +47,7 @@ def add_layer_norm(x, residual, normalized_shape, weight=None, bias=None, eps=1e
 
 def add_rms_norm(x, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, prenorm=False,
                  out_dtype=None):  # fmt: skip
-    """r = residual + F.dropout(x), y = rms_norm(r): returns y, or (y, r) with prenorm. All else as in add_layer_norm."""
+    """r = residual + dropout(x), y = rms_norm(r): returns y, or (y, r) with prenorm. All else as in add_layer_norm."""
     return _add_norm(
         "rms_norm", x, residual, normalized_shape, weight, None, eps, dropout_p, prenorm, out_dtype
     )

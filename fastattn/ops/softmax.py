@@ -8,10 +8,8 @@ from fastattn import backend
 from fastattn.cuda.softmax import softmax_why_not
 
 OP = "softmax"
-stock_softmax, stock_log_softmax = (
-    torch.softmax,
-    torch.log_softmax,
-)  # bound at import, since fastattn.enable() puts ours there
+# bound at import, since fastattn.enable() puts ours there
+stock_softmax, stock_log_softmax = torch.softmax, torch.log_softmax
 WIDENED = backend.autocast_devices("softmax.int") & backend.autocast_devices("log_softmax.int")
 
 
