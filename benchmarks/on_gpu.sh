@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under ten minutes: build, check, test, measure. The table comes last.
-# Usage: benchmarks/on_gpu.sh [build] [check] [test] [bench]     (all four by default; PYTHON=... chooses the Python)
+# Everything that only a GPU can show, in under ten minutes: single instructions, kernels, tests, speed. The table comes last.
+# Usage: benchmarks/on_gpu.sh [primitives] [build] [check] [test] [bench]     (all by default; PYTHON=... chooses the Python)
 # A kernel that hangs takes its own process with it and nothing else: each function is checked in one, under a timeout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-steps=${*:-build check test bench}
+steps=${*:-primitives build check test bench}
 deadline=570
 failed=()
 
@@ -24,6 +24,12 @@ within() {  # within SECONDS COMMAND...: never past the deadline
 for step in $steps; do
     echo "== $step, $SECONDS s"
     case $step in
+        primitives)
+            if ! command -v nvcc >/dev/null; then
+                echo "skipped: no nvcc"
+                continue
+            fi
+            within 100 "$python" tests/primitives.py --write || failed+=(primitives) ;;
         build) within 120 "$python" setup.py -q build_ext --inplace || failed+=(build) ;;
         check)
             "$python" -m fastattn.cli info
@@ -38,7 +44,7 @@ for step in $steps; do
             fi
             within 240 "$python" -m pytest -q -x -m "gpu or not gpu" tests || failed+=(test) ;;
         bench) within 500 "$python" -m fastattn.cli bench --quick --limit $(((deadline - SECONDS) / 2)) || failed+=(bench) ;;
-        *) echo "no step $step: build, check, test or bench"; exit 2 ;;
+        *) echo "no step $step: primitives, build, check, test or bench"; exit 2 ;;
     esac
 done
 if ((${#failed[@]})); then

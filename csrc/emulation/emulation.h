@@ -184,7 +184,7 @@ inline float __frsqrt_rn(float v) { return static_cast<float>(1 / sqrt(static_ca
 
 // The errors are those of the guide's appendix on mathematical functions.
 inline float rsqrtf(float v) { return emulation::approximate(1 / sqrt(double{v})); }
-inline float __fdividef(float a, float b) { return emulation::approximate(a / b); }
+inline float __fdividef(float a, float b) { return emulation::approximate(double{a} / b); }
 inline float __expf(float v) {
     return emulation::approximate(exp(double{v}), 2 + (fabsf(v) < 100 ? static_cast<int>(1.173f * fabsf(v)) : 0));
 }
