@@ -42,7 +42,12 @@ for step in $steps; do
                 echo "skipped: $python has no pytest"
                 continue
             fi
-            within 240 "$python" -m pytest -q -x -m "gpu or not gpu" tests || failed+=(test) ;;
+            # Kernels first. Most of the time is Triton's compiler, which a core each shortens.
+            kernels=(tests/test_{gpu,primitives,attention,attention_decode,softmax,layer_norm,position,bias_gelu,linear_cross_entropy}.py)
+            spread=()
+            "$python" -c "import xdist" 2>/dev/null && spread=(-n "$(nproc)" --max-worker-restart 40)
+            within 240 "$python" -m pytest -q "${spread[@]}" --maxfail 40 "${kernels[@]}" || failed+=("test of kernels")
+            within 150 "$python" -m pytest -q "${spread[@]}" --maxfail 40 tests "${kernels[@]/#/--ignore=}" || failed+=(test) ;;
         bench) within 500 "$python" -m fastattn.cli bench --quick --limit $(((deadline - SECONDS) / 2)) || failed+=(bench) ;;
         *) echo "no step $step: primitives, build, check, test or bench"; exit 2 ;;
     esac

@@ -74,6 +74,18 @@ def _unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _fault_ends_the_process():
+    """After a kernel's fault every later call of its process fails: pytest-xdist blames this test and goes on in a new one."""
+    yield
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as e:
+            print(e, file=sys.__stderr__, flush=True)
+            os._exit(70)
+
+
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:
