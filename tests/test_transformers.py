@@ -3,6 +3,7 @@
 import collections
 import copy
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 import fastattn
 from fastattn import backend, functional
+from fastattn.integrations import gpt2_bert
 from fastattn.integrations import transformers as ours
 
 S, V = 12, 50
@@ -550,7 +552,7 @@ def test_trainer(tmp_path, capsys):
 
 
 FUSED = {
-    "gpt2": {"NewGELUActivation": 2, "GPT2MLP": 2, "GPT2Block": 2, "LayerNorm": 5},
+    "gpt2": {"NewGELUActivation": 2, "GPT2MLP": 2, "GPT2Block": 2, "GPT2Model": 1, "LayerNorm": 5},
     "bert": {
         "BertIntermediate": 2,
         "BertSelfOutput": 2,
@@ -581,7 +583,7 @@ def test_patch_fuses(kind, padding):
     assert_close(results(model, keep, **inputs), results(eager, keep, **inputs))
     made = backend.calls - calls
     if kind == "gpt2":
-        wanted = {"attention": 2, "add_layer_norm": 2, "layer_norm": 3, "bias_gelu": 2}
+        wanted = {"attention": 2, "add_layer_norm": 4, "layer_norm": 1, "bias_gelu": 2, "position": 1}
     else:  # one LayerNorm and its GELU are the head's
         wanted = {"attention": 2, "add_layer_norm": 4, "layer_norm": 1, "bias_gelu": 2, "position": 1}
     assert {op: n for (op, _), n in made.items()} == wanted
@@ -642,6 +644,200 @@ def test_what_was_wrapped_or_hooked_is_called(kind):
     assert_close({"logits": found[0]}, {"logits": found[1]})
 
 
+def hook(module):
+    """Counts a call, and changes what comes out of it."""
+    module.register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def replace_forward(module):
+    forward = module.forward  # as accelerate and offloading do
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 1.5
+
+
+class Skipped(torch.nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def keep_stock(module):
+    assert type(module).__module__ == "fastattn.integrations.gpt2_bert"
+    module.__class__ = type(module).__base__
+
+
+# What was done to the patched GPT-2 of three layers, and how many of its seven sums and norms are still one op each with it.
+CHANGED = {
+    "nothing": (lambda gpt: None, dict(add_layer_norm=6, layer_norm=1, position=1)),
+    "a hook on a block": (lambda gpt: hook(gpt.h[1]), dict(add_layer_norm=4, layer_norm=3, position=1)),
+    "a hook on the last block": (lambda gpt: hook(gpt.h[2]), dict(add_layer_norm=4, layer_norm=3, position=1)),
+    "a block's forward": (lambda gpt: replace_forward(gpt.h[0]), dict(add_layer_norm=5, layer_norm=2, position=1)),
+    "a block skipped": (
+        lambda gpt: gpt.h.__setitem__(1, Skipped()), dict(add_layer_norm=3, layer_norm=2, position=1),
+    ),
+    "a hook on ln_1": (lambda gpt: hook(gpt.h[1].ln_1), dict(add_layer_norm=5, layer_norm=2, position=1)),
+    "a hook on ln_f": (lambda gpt: hook(gpt.ln_f), dict(add_layer_norm=5, layer_norm=2, position=1)),
+    "a hook on mlp": (lambda gpt: hook(gpt.h[0].mlp), dict(add_layer_norm=6, layer_norm=1, position=1)),
+    "a hook on mlp.dropout": (lambda gpt: hook(gpt.h[0].mlp.dropout), dict(add_layer_norm=5, layer_norm=2, position=1)),
+    "a hook on attn": (
+        lambda gpt: gpt.h[0].attn.register_forward_hook(lambda m, a, out: (out[0] * 1.5, *out[1:])),
+        dict(add_layer_norm=6, layer_norm=1, position=1),
+    ),
+    "a hook on wte": (lambda gpt: hook(gpt.wte), dict(add_layer_norm=6, layer_norm=1)),
+    "a hook on wpe": (lambda gpt: hook(gpt.wpe), dict(add_layer_norm=6, layer_norm=1)),
+    "a hook on drop": (lambda gpt: hook(gpt.drop), dict(add_layer_norm=6, layer_norm=1)),
+    "max_norm": (lambda gpt: setattr(gpt.wpe, "max_norm", 0.3), dict(add_layer_norm=6, layer_norm=1)),
+    "an adapter in mlp": (
+        lambda gpt: setattr(gpt.h[1].mlp, "c_proj", LoRA(gpt.h[1].mlp.c_proj, 128, 32)),
+        dict(add_layer_norm=6, layer_norm=1, position=1),
+    ),
+    "a position table of 16 bits": (
+        lambda gpt: gpt.wpe.bfloat16(), dict(add_layer_norm=6, layer_norm=1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_gpt2_from_block_to_block(changed):
+    """Whatever is hooked, wrapped or replaced is called, and its neighbours are fused as far as it lets them."""
+    needs_newer_gpt2()
+    change, wanted = CHANGED[changed]
+    model, eager = pair("gpt2", num_hidden_layers=3)
+    fastattn.patch(model)
+    for m in (model, eager):
+        torch.manual_seed(3)
+        change(m.transformer)
+    inputs, keep = dict(input_ids=ids(), attention_mask=PADDING["left"]), PADDING["left"].bool()
+    before = backend.calls.copy()
+    got = results(model, keep, **inputs)
+    made = {op: n for (op, _), n in (backend.calls - before).items()}
+    assert {op: made.get(op, 0) for op in wanted} == wanted and ("position" in made) == ("position" in wanted)
+    assert_close(got, results(eager, keep, **inputs))
+
+
+def test_gpt2_called_in_every_way():
+    needs_newer_gpt2()
+    model, eager = pair("gpt2", add_cross_attention=False)
+    fastattn.patch(model)
+    types, positions = ids(seed=4), torch.arange(S).flip(0)[None]
+    embedded = eager.transformer.wte(ids()).detach()
+    ways = {
+        "positions": dict(input_ids=ids(), position_ids=positions),
+        "types": dict(input_ids=ids(), token_type_ids=types),
+        "embedded": dict(inputs_embeds=embedded, position_ids=positions),
+        "embedded and types": dict(inputs_embeds=embedded, token_type_ids=types),
+        "a mask of four dims": dict(
+            input_ids=ids(), attention_mask=torch.eye(S, dtype=torch.bool).expand(2, 1, S, S)
+        ),
+        "no cache": dict(input_ids=ids(), use_cache=False),
+        "a tuple": dict(input_ids=ids(), return_dict=False),
+        "more dims": dict(input_ids=ids().view(2, 1, S)),
+        "hidden states": dict(input_ids=ids(), output_hidden_states=True),
+        "both": dict(input_ids=ids(), output_hidden_states=True, output_attentions=True),
+        "hidden states again": dict(input_ids=ids(), output_hidden_states=True),
+        "as before": dict(input_ids=ids()),
+    }
+    for way, inputs in ways.items():
+        got = model.transformer(**inputs)
+        if "attention_mask" in inputs:  # eager adds it
+            inputs["attention_mask"] = additive(inputs["attention_mask"], torch.float32)
+        want = eager.transformer(**inputs)
+        assert type(got) is type(want) and len(got) == len(want), way
+        torch.testing.assert_close(got[0], want[0], atol=TOLERANCE, rtol=0, msg=way)
+        if "hidden_states" in want:
+            assert got.hidden_states[-1] is got.last_hidden_state
+            assert_close(dict(enumerate(got.hidden_states)), dict(enumerate(want.hidden_states)))
+        if "attentions" in want:
+            assert_close(dict(enumerate(got.attentions)), dict(enumerate(want.attentions)))
+    with pytest.raises(IndexError):
+        model(torch.full((1, 2), V))
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model.transformer()
+    for head in (transformers.GPT2DoubleHeadsModel, transformers.GPT2ForSequenceClassification):
+        torch.manual_seed(0)
+        stock = head(copy.deepcopy(KINDS["gpt2"][1])).eval()
+        mine, rows = copy.deepcopy(stock), ids(4).view(2, 2, S) if "Double" in head.__name__ else ids()
+        fastattn.patch(mine)
+        torch.testing.assert_close(mine(rows)[0], stock(rows)[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_patched_gpt2_generates(cache):
+    model, eager = pair("gpt2")
+    fastattn.patch(model)
+    options = dict(
+        attention_mask=padded((5, S), (0, S)), max_new_tokens=8, do_sample=False, cache_implementation=cache
+    )
+    before = backend.calls.copy()
+    found = [m.generate(ids() * options["attention_mask"], **options) for m in (model, eager)]
+    assert torch.equal(*found) and found[0].shape == (2, S + 8)
+    steps = sum((backend.calls - before)[("bias_gelu", name)] for name in ("torch", "triton", "cuda")) // 2
+    assert steps == 8
+
+
+def test_a_patched_gpt2_recomputes_and_compiles_block_by_block():
+    needs_newer_gpt2()
+    model, eager = (m.train() for m in pair("gpt2", num_hidden_layers=3))
+    fastattn.patch(model)
+    keep, inputs = PADDING["left"].bool(), dict(input_ids=ids(), attention_mask=PADDING["left"])
+    compiled = []
+    try:
+        model.transformer.h[1].compile(backend=lambda graph, _: compiled.append(1) or graph)
+        assert_close(results(model, keep, **inputs), results(eager, keep, **inputs))
+    finally:
+        torch._dynamo.reset()
+    assert compiled, "a block that was compiled by itself was stepped over"
+    model.transformer.h[1]._compiled_call_impl = None
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+        if reentrant:
+            model.enable_input_require_grads(), eager.enable_input_require_grads()
+        before = backend.calls.copy()
+        assert_close(results(model, keep, **inputs), results(eager, keep, **inputs))
+        assert sum((backend.calls - before)[("bias_gelu", name)] for name in ("torch", "triton", "cuda")) == 6
+
+
+def test_a_patched_gpt2_model_is_still_a_model(tmp_path):
+    """Its own class: what transformers does by a class's name or module, copies, pickles, saves, another implementation."""
+    torch.manual_seed(0)
+    model = transformers.GPT2Model(copy.deepcopy(KINDS["gpt2"][1])).eval()
+    y = model(ids()).last_hidden_state
+    report = fastattn.patch(model)
+    copies = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    torch.save(model, tmp_path / "whole.pt")
+    copies.append(torch.load(tmp_path / "whole.pt", weights_only=False))
+    for patched in copies:
+        assert type(patched) is (gpt2_bert.GPT2Model if gpt2_bert.UNKNOWN == {} else transformers.GPT2Model)
+        torch.testing.assert_close(patched(ids()).last_hidden_state, y, atol=TOLERANCE, rtol=0)
+        for name in ("sdpa", "eager", "fastattn"):
+            patched.set_attn_implementation(name)
+            assert patched.config._attn_implementation == name
+            torch.testing.assert_close(patched(ids()).last_hidden_state, y, atol=TOLERANCE, rtol=0)
+        assert len(patched(ids(), output_hidden_states=True).hidden_states) == 3
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert again.config.architectures == ["GPT2Model"] and type(again) is transformers.GPT2Model
+    torch.testing.assert_close(again(ids()).last_hidden_state, y, atol=TOLERANCE, rtol=0)
+    for patched in copies:
+        fastattn.unpatch(patched)
+        assert type(patched) is transformers.GPT2Model
+        assert patched.config._attn_implementation == "sdpa" and torch.equal(
+            patched(ids()).last_hidden_state, y
+        )
+    assert bool(report.skipped) == bool(gpt2_bert.UNKNOWN)
+
+
+def test_a_gpt2_of_other_steps_is_left_and_listed(monkeypatch):
+    """As a later transformers may have it, and as 5.0 has."""
+    theirs = transformers.GPT2Model
+    monkeypatch.delitem(gpt2_bert.TARGETS, theirs, raising=False)
+    monkeypatch.setitem(gpt2_bert.UNKNOWN, theirs, "it computes by other steps")
+    model, eager = pair("gpt2")
+    report = fastattn.patch(model)
+    assert ("transformer", theirs, "it computes by other steps") in report.skipped
+    assert type(model.transformer) is theirs
+    assert_close(*({"logits": m(ids()).logits} for m in (model, eager)))
+    assert not gpt2_bert.same_steps(gpt2_bert.GPT2Model, transformers.GPT2LMHeadModel, "pop")
+
+
 @pytest.mark.parametrize("kind", FUSED)
 def test_a_patched_model_generates_checkpoints_and_compiles(kind):
     model, eager = pair(kind)
@@ -689,12 +885,13 @@ def test_cross_attention_is_transformers_own():
         assert_close(*({"logits": m(ids(), **inputs).logits} for m in (model, eager)))
 
 
-def test_a_bert_that_decodes():
-    model, eager = pair("decoder")
+@pytest.mark.parametrize("kind", ["gpt2", "decoder"])
+def test_positions_follow_from_the_cache(kind):
+    model, eager = pair(kind)
     fastattn.patch(model)
     outputs = []
     with torch.no_grad():
-        for m in (model, eager):  # no position_ids: they follow from what the cache holds
+        for m in (model, eager):
             past = DynamicCache(config=m.config)
             rows = [m(part, past_key_values=past).logits for part in ids().split([7, 5], dim=1)]
             outputs.append({"logits": torch.cat(rows, dim=1)})
@@ -704,6 +901,8 @@ def test_a_bert_that_decodes():
 @pytest.mark.parametrize("kind", FUSED)
 def test_patch_at_load(kind, tmp_path):
     pytest.importorskip("transformers.monkey_patching")
+    if transformers.__version__.startswith("5.10."):  # it imports whatever transformers has, for a mapping
+        pytest.importorskip("torchvision", exc_type=ImportError)
     eager = pair(kind)[1]
     eager.save_pretrained(tmp_path)
     cls = type(eager)
@@ -723,7 +922,12 @@ def test_patch_at_load(kind, tmp_path):
             if type(m).__module__ == "fastattn.integrations.gpt2_bert"
         }
 
-    assert swapped(loaded) == FUSED[kind].keys() - {"LayerNorm", "GPT2Block", "NewGELUActivation"}
+    assert swapped(loaded) == FUSED[kind].keys() - {
+        "LayerNorm",
+        "GPT2Block",
+        "GPT2Model",
+        "NewGELUActivation",
+    }
     assert not swapped(mobile)
     assert_close(*({"logits": m(ids()).logits} for m in (loaded, eager)))
     later = cls.from_pretrained(tmp_path)

@@ -202,6 +202,10 @@ def attach(model, report):
 
     The implementation is an entry of the config, and a config may be shared with a model that nobody asked to change.
     """
+    unknown = sys.modules.get("fastattn.integrations.gpt2_bert")
+    for name, module in model.named_modules() if unknown else ():
+        if type(module) in unknown.UNKNOWN:
+            report.skipped.append((name, type(module), unknown.UNKNOWN[type(module)]))
     switched = []
     for name, inner in model.named_modules():
         if not isinstance(inner, PreTrainedModel) or any(f"{name}.".startswith(outer) for outer in switched):
@@ -231,8 +235,8 @@ def _asks_the_table(module):
 def patch_at_load():
     """From now on from_pretrained and from_config build BERT and GPT-2 of our classes, in this process, until unpatch_at_load.
 
-    A transformers model that is made without these (BertModel(config)) is as ever. GPT2Block is left out: transformers
-    would from then on collect the hidden states of no other GPT-2. The attention implementation is set as always.
+    A transformers model that is made without these (BertModel(config)) is as ever. GPT2Model and GPT2Block are left
+    out: transformers would from then on collect the hidden states of no other GPT-2. The attention implementation is set as always.
     """
     from transformers.monkey_patching import register_patch_mapping
 
@@ -252,7 +256,11 @@ def _load_mapping():
     # Activations are held in a table of classes, which such a mapping does not reach.
     classes = [cls for cls in gpt2_bert.TARGETS if cls.__module__.startswith("transformers.models.")]
     # Patterns, since a name would be searched for in every longer one: MobileBertOutput holds BertOutput.
-    return {f"^{cls.__name__}$": gpt2_bert.TARGETS[cls] for cls in classes if cls.__name__ != "GPT2Block"}
+    return {
+        f"^{cls.__name__}$": gpt2_bert.TARGETS[cls]
+        for cls in classes
+        if cls.__name__ not in ("GPT2Block", "GPT2Model")
+    }
 
 
 AttentionInterface.register(NAME, attention)
