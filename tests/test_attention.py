@@ -12,7 +12,7 @@ import emulated_cases
 import pytest
 import torch
 
-from fastattn import cuda, reference
+from fastattn import backend, cuda, functional, reference
 from fastattn.check import compare
 from fastattn.cuda import attention as cuda_attention
 
@@ -422,6 +422,15 @@ def test_empty(device, B, H, S_q, S_k):
     bias = torch.randn(1, 1, S_q, S_k, device=device)
     check(*tensors(device, fp32(), B=B, H=H, S_q=S_q, S_k=S_k), bias=bias)
     check(*tensors(device, fp32(), B=B, H=H, S_q=S_q, S_k=S_k), bias=bias[:, :, :1, :] if S_q else bias)
+
+
+def test_keys_without_a_query_head(fused, device):
+    q = torch.zeros(1, 0, 5, 64, device=device).half()
+    k = torch.randn(1, 2, 7, 64, device=device).half().requires_grad_()
+    with backend.use_backend(fused), pytest.raises(NotImplementedError, match="no heads"):
+        functional.attention(q, k, k)
+    (functional.attention(q, k, k).sum() + k.sum()).backward()
+    assert torch.equal(k.grad, torch.ones_like(k))
 
 
 def test_two_runs_agree_to_the_bit(device):

@@ -50,6 +50,9 @@ BAD = {
     "attention batch": (attention(k=K[:1]), "k"),
     "attention head dim": (attention(k=K[..., :8]), "k"),
     "attention heads": (attention(q=Q[:, :3]), "heads"),
+    "sdpa of no key heads": (
+        lambda: f.scaled_dot_product_attention(Q, K[:, :0].requires_grad_(), K, enable_gqa=True), "heads"),
+    "position offset is a tensor": (lambda: f.add_positional_encoding(X, offset=torch.tensor(1)), "offset"),
     "attention lengths of k and v": (attention(v=K[:, :, :3]), "v"),
     "attention dtype mix": (attention(k=K.half()), "k"),
     "attention integers": (attention(q=Q.int(), k=K.int(), v=K.int()), "q"),

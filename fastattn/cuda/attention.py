@@ -13,12 +13,15 @@ from fastattn.kernels.attention_host import (
 )
 
 PATTERNS = (None, "plane", "loop", "cols", "rows")  # BiasGradient of csrc/launchers.h
+NO_HEADS = "q has no heads and k has some, whose gradients no block would write"
 
 
 def attention_why_not(q, k, v, extras, return_weights):
     """Beyond `cuda.why_not`: 16-bit tensors, head dims in pieces of 16 bytes, no gradient of slopes."""
     if reason := operands_why_not(q, v, "v"):
         return reason
+    if k.shape[1] and not q.shape[1]:
+        return NO_HEADS
     if backend.needs_grad(extras[2]):
         return "alibi_slopes requires grad, which only the composite computes"
     if return_weights:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backend, reference
-from fastattn.cuda.attention import attention_why_not
+from fastattn.cuda.attention import NO_HEADS, attention_why_not
 
 OP = "attention"
 # bound at import, since fastattn.enable() puts ours there
@@ -75,6 +75,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     float (added, may require grad). What the kernels cannot serve goes to torch's own function, errors included.
     """
     _check_context()
+    if enable_gqa and any(
+        t.dim() > 2 and t.shape[-3] == 0 for t in (key, value)
+    ):  # torch divides by that number
+        raise ValueError("scaled_dot_product_attention: enable_gqa with a key or value of no heads")
     if backend.stock_only(OP, query):
         return stock_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -544,6 +548,8 @@ def _triton_why_not(q, k, v, extras, return_weights):
         return f"head dims up to 256 are served, q has {q.shape[-1]} and v has {v.shape[-1]}"
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         return f"a head dim of 0 (q {q.shape[-1]}, v {v.shape[-1]})"
+    if k.shape[1] and not q.shape[1]:
+        return NO_HEADS
     if backend.needs_grad(alibi_slopes):
         return "alibi_slopes requires grad, which only the composite computes"
     return backend.triton_why_not(q, k, v, *extras)

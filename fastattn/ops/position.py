@@ -31,6 +31,10 @@ def add_positional_encoding(x, table=None, *, position_ids=None, offset=0, scale
         raise ValueError(f"{name}: x must be floating (..., S, C); it is {x.dtype} {tuple(x.shape)}")
     S, C = x.shape[-2:]
     _check_dropout(name, dropout_p)
+    if isinstance(offset, torch.Tensor):
+        raise TypeError(
+            f"{name}: offset is a tensor, must be an int; positions on the device go into position_ids"
+        )
     if position_ids is not None and offset != 0:
         raise ValueError(f"{name}: offset is {offset}, but position_ids were given: add it to them")
     if table is not None:
