@@ -335,6 +335,18 @@ def traceable(t):
     return isinstance(t, (FakeTensor, FunctionalTensor))
 
 
+def in_parts(t):
+    """Whether t is a DTensor, told by name: the import of the class takes a second."""
+    return type(t).__name__ == "DTensor"
+
+
+def on_parts(call, tensors, names, split, outputs, **options):
+    """sharding.on_parts, whose module is imported with the first DTensor."""
+    from fastattn import sharding
+
+    return sharding.on_parts(call, tensors, names, split, outputs, **options)
+
+
 def run(name, backend, op, *args):
     """Call launcher `name` of `op`: directly in plain eager, else as torch.ops.fastattn.<name>, which modes can see."""
     if (

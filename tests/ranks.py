@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import sys
 import traceback
 
 import torch
@@ -12,7 +13,7 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastattn
-from fastattn import backend, check, functional, reference
+from fastattn import backend, check, check_cases, cuda, functional, reference
 from fastattn.integrations import distributed
 
 W = int(os.environ.get("WORLD_SIZE", 2))
@@ -149,6 +150,43 @@ def context_parallel_is_refused():
     functional.attention(q, k, v)
 
 
+@case()
+def context_parallel_by_module():
+    """It hands over DTensors, split by rows: right in the sequence's order, refused in a load balancer's."""
+    from torch.distributed.tensor.experimental import _attention as cp
+
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    q, k, v, do = operands(H_kv=2 * W)
+    expected = alone(q, k, v, do, torch.float64, causal=True)
+    on = mesh()
+    attend = torch.distributed.tensor.parallel.parallelize_module(
+        Attend(), on, cp._ContextParallel(2, cp._ContextParallel.AttentionType.SDPA)
+    )
+    cp._enable_context_parallel_dispatcher()
+    try:
+        parts = [t.requires_grad_() for t in cp._context_parallel_shard(on, [q, k, v], [2, 2, 2])]
+        o = attend(*parts)
+        o.backward(do.chunk(W, 2)[dist.get_rank()])
+        for have, want in zip((o, *(p.grad for p in parts)), expected, strict=True):
+            mine = want.chunk(W, 2)[dist.get_rank()].float()
+            torch.testing.assert_close(have, mine, rtol=1e-5, atol=1e-5)
+        balancer = cp._HeadTailLoadBalancer(q.shape[2], W, torch.device("cpu"))
+        parts = cp._context_parallel_shard(on, [q, k, v], [2, 2, 2], balancer)
+        try:
+            attend(*parts)
+        except RuntimeError as e:
+            assert "load balancer" in str(e)
+        else:
+            raise AssertionError("rows in another order were taken for the sequence")
+    finally:
+        cp._context_parallel_shard(on, [q], [2])  # which leaves torch's switch as it was found
+        cp._disable_context_parallel_dispatcher()
+    functional.attention(q, k, v)
+
+
 def mesh(name="x"):
     return torch.distributed.device_mesh.init_device_mesh("cpu", (W,), mesh_dim_names=(name,))
 
@@ -223,7 +261,7 @@ def tensor_parallel_plan(sequence):
     return {**columns, **rows, **norms}
 
 
-@case(plain=(None, False), kernels=("triton", False), sequence=(None, True))
+@case(plain=(None, False), kernels=("triton", False), sequence=("triton", True))
 def tensor_parallel(name, sequence):
     """Each rank has half of the heads and of the MLP; with `sequence` also half of the rows between them."""
     from torch.distributed.tensor.parallel import parallelize_module
@@ -234,59 +272,153 @@ def tensor_parallel(name, sequence):
     calls = backend.calls.copy()
     with backend.use_backend(name):
         y = model(x.chunk(W, 1)[dist.get_rank()] if sequence else x)
-    assert (backend.calls - calls)["attention", name or "torch"] == 2
+    calls = backend.calls - calls
+    assert calls["attention", name or "torch"] == 2 and calls["layer_norm", name or "torch"] == 4
     loss = y.square().sum() / x.numel()
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     close(grads, wanted)
 
 
+X, ROW, Q, KV = (
+    (3, 5, 8),
+    (8,),
+    (2, 4, 6, 8),
+    (2, 2, 6, 8),
+)  # neither 3 nor 5 is even: the parts of two ranks differ
+IDS, MASK = torch.tensor([[1, 3, 0, 2, 2], [0, 0, 3, 1, 2], [2, 1, 1, 0, 3]]), drawn(5, 8, seed=1) > 0
+BOUNDS, SLOPES = torch.tensor([0, 4, 9], dtype=torch.int32), drawn(2, 4, seed=2).abs()
+RULES = {
+    # the call; its inputs, those given by a shape with a gradient; where each lies and then its outputs, a digit being Shard's
+    # dim and "-" Replicate
+    "layer_norm": (
+        lambda f, x, w, b: f.layer_norm(x, (8,), w, b), (X, ROW, ROW), "0--0 1--1 2--- 1001 ----"),
+    "layer_norm of two dims": (lambda f, x: f.layer_norm(x, (5, 8)), (X,), "00 1-"),
+    "rms_norm": (lambda f, x, w: f.rms_norm(x, (8,), w, 1e-6), (X, ROW), "1-1"),
+    "add_layer_norm": (
+        lambda f, x, r, w, b: f.add_layer_norm(x, r, (8,), w, b, prenorm=True), (X, X, ROW, ROW), "00--00 -1--11 21--11"),
+    "add_rms_norm": (lambda f, x, r, w: f.add_rms_norm(x, r, (8,), w, 1e-6), (X, X, ROW), "01-0"),
+    "softmax": (lambda f, x: f.softmax(x, 1), (X,), "00 1- 22"),
+    "log_softmax": (lambda f, x: f.log_softmax(x, -1), (X,), "11"),
+    "scaled_masked_softmax": (lambda f, x, m: f.scaled_masked_softmax(x, m, 0.3), (X, MASK), "0-0 101 -01 2--"),
+    "scaled_masked_softmax, causal": (lambda f, x: f.scaled_masked_softmax(x, None, 0.3, True), (X,), "00 1-"),
+    "bias_gelu": (lambda f, x, b: f.bias_gelu(x, b), (X, ROW), "0-0 202 2-2"),
+    "add_positional_encoding": (lambda f, x, t: f.add_positional_encoding(x, t, scale=2.0), (X, (9, 8)), "0-0 1--"),
+    "embeddings": (
+        lambda f, ids, t, p, w, b: f.embeddings(ids, t, p, norm_weight=w, norm_bias=b, eps=1e-5),
+        (IDS, (4, 8), (9, 8), ROW, ROW), "0----0 1-----"),
+    "embeddings, position_ids": (
+        lambda f, ids, t, p, at: f.embeddings(ids, t, p, position_ids=at), (IDS, (4, 8), (9, 8), IDS[0]), "1--01 0---0"),
+    "attention": (
+        lambda f, q, k, v, b, a, s: f.attention(q, k, v, bias=b, alibi_slopes=a, sinks=s, causal=True),
+        (Q, KV, (2, 2, 6, 16), (2, 1, 6, 6), SLOPES, (4,)), "000-0-0 111-101 1-----1 22----2 -111--1 333----"),
+    "attention of one key head": (
+        lambda f, q, k, v: f.attention(q, k, v, window=(2, 1)), (Q, (2, 1, 6, 8), (2, 1, 6, 8)), "1--1 1111 2--2"),
+    "attention of three heads": (lambda f, q, k, v: f.attention(q, k, v, causal=True), ((1, 3, 6, 8),) * 3, "1111 2222"),
+    "attention of three key heads": (
+        lambda f, q, k, v: f.attention(q, k, v, causal=True), ((1, 6, 6, 8), (1, 3, 6, 8), (1, 3, 6, 8)), "111- 2222"),
+    "scaled_dot_product_attention": (
+        lambda f, q, k, v, m: f.scaled_dot_product_attention(q, k, v, m), (Q, Q, Q, (6, 6)), "000-0 111-1 222-2"),
+    "attention_varlen": (
+        lambda f, q, k, v, a, b: f.attention_varlen(q, k, v, a, b, 5, 5, causal=True),
+        ((9, 4, 8), (9, 2, 8), (9, 2, 8), BOUNDS, BOUNDS), "111--1 0-----"),
+}  # fmt: skip
+
+
+@case(**RULES)
+def rules(call, inputs, places):
+    """Wherever a call's DTensors lie: results and gradients are right, and the kernel runs once, on the local parts."""
+    for where in places.split():
+        placed(call, inputs, where, "triton")
+
+
+@case(layer_norm=(RULES["layer_norm"], torch.float32), attention=(RULES["attention"], torch.bfloat16))
+def rules_in_cuda(rule, dtype):
+    if cuda.not_emulated() is None:
+        call, inputs, places = rule
+        placed(call, inputs, places.split()[1], "cuda", dtype)
+
+
+def placed(call, inputs, where, name, dtype=torch.float32):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    on, placements = mesh(), [Replicate() if p == "-" else Shard(int(p)) for p in where]
+    inputs = [
+        t if isinstance(t, torch.Tensor) else drawn(*t, seed=i).to(dtype).requires_grad_()
+        for i, t in enumerate(inputs)
+    ]
+
+    def ours(*inputs):
+        parts = [
+            DTensor.from_local(t, on, [Replicate()], run_check=False).redistribute(placements=[p])
+            for t, p in zip(inputs, placements, strict=False)
+        ]
+        before = backend.calls.copy()
+        with backend.use_backend(name):
+            outputs = call(functional, *parts)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        ran = [count for (_, chosen), count in (backend.calls - before).items() if chosen == name]
+        assert ran == [1] and before + backend.calls, f"{where}: {backend.calls - before}"
+        for y, p in zip(outputs, placements[len(inputs) :], strict=True):
+            assert y.placements == (p,), f"{where}: {y.placements}"
+            local = [
+                n if p != Shard(d) else len(torch.arange(n).chunk(W)[dist.get_rank()])
+                for d, n in enumerate(y.shape)
+            ]
+            assert list(y.to_local().shape) == local, f"{where}: {y.to_local().shape} of {y.shape}"
+        return tuple(y.full_tensor() for y in outputs)
+
+    problems = check.check(ours, lambda *t: call(check_cases.Specification, *t), inputs)
+    assert not problems, f"{where}: {problems}"
+
+
 @case()
-def a_dtensor_takes_stock_torch():
-    """No kernel reads a DTensor: torch's own op and sharding rule serve it, and a forced backend says so."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+def a_dtensor_without_a_rule():
+    """It stays with torch's own op and sharding rule; a forced backend says why it does not run."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    x = drawn(4, 6, 16)
-    whole = distribute_tensor(x, mesh(), [Shard(0)])
-    y = functional.layer_norm(whole, (16,))
-    assert y.placements == (Shard(0),)
-    torch.testing.assert_close(y.full_tensor(), torch.nn.functional.layer_norm(x, (16,)))
-    for call in (lambda: functional.layer_norm(whole, (16,)), lambda: functional.softmax(whole, -1)):
-        try:
-            with backend.use_backend("triton"):
+    x, w = drawn(4, 6, 16), drawn(16, seed=1)
+    split = distribute_tensor(x, mesh(), [Shard(0)])
+    dropped = functional.add_layer_norm(split, split, (16,), dropout_p=0.5)
+    assert dropped.placements == (Shard(0),)
+    tables = [distribute_tensor(t, mesh(), [Replicate()]) for t in (w, w)]
+    whole = functional.layer_norm(split, (16,), *tables).full_tensor()
+    torch.testing.assert_close(whole, torch.nn.functional.layer_norm(x, (16,), w, w))
+    q = distribute_tensor(drawn(2, 4, 6, 8), mesh(), [Shard(1)])
+    with backend.use_backend("triton"):
+        for call in (
+            lambda: functional.layer_norm(split, (16,), w),
+            lambda: functional.add_layer_norm(split, split, (16,), dropout_p=0.5),
+            lambda: functional.attention(q, q, q, dropout_p=0.5),
+        ):
+            try:
                 call()
-        except NotImplementedError as e:
-            assert "DTensor" in str(e)
-        else:
-            raise AssertionError("a kernel ran on a DTensor")
+            except NotImplementedError as e:
+                assert "DTensor" in str(e), e
+            else:
+                raise AssertionError("a kernel ran on a DTensor")
 
 
-@case(batch=(0,), heads=(1,))
-def kernels_on_the_local_parts_of_dtensors(dim):
+@case()
+def two_dims_of_a_mesh():
+    """Batch along one and heads, or the sequence, along the other; on two ranks one of them is 1."""
     from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.distributed.tensor.experimental import local_map
 
     q, k, v, do = operands()
-    parts = [distribute_tensor(t, mesh(), [Shard(dim)]).requires_grad_() for t in (q, k, v)]
-    attend = local_map(
-        functional.attention,
-        out_placements=[Shard(dim)],
-        in_placements=([Shard(dim)],) * 3,
-        in_grad_placements=([Shard(dim)],) * 3,
-        device_mesh=mesh(),
-    )
-    with backend.use_backend("triton"):
-        o = attend(*parts)
-        o.backward(distribute_tensor(do, mesh(), [Shard(dim)]))
-    got = [t.full_tensor() for t in (o, *(p.grad for p in parts))]
-    for have, want in zip(got, alone(q, k, v, do, torch.float64), strict=True):
-        torch.testing.assert_close(have, want.float(), rtol=1e-5, atol=1e-5)
+    expected = alone(q, k, v, do, torch.float64, causal=True)
+    for shape in ((1, W), (W, 1)):
+        on = torch.distributed.device_mesh.init_device_mesh("cpu", shape)
+        for where in ((Shard(0), Shard(1)), (Shard(2), Shard(2)), (Shard(1), Shard(2)), (Shard(0), Shard(2))):
+            parts = [distribute_tensor(t, on, where).requires_grad_() for t in (q, k, v)]
+            o = functional.attention(*parts, causal=True)
+            assert o.placements == where
+            o.backward(distribute_tensor(do, on, where))
+            for have, want in zip((o, *(p.grad for p in parts)), expected, strict=True):
+                torch.testing.assert_close(have.full_tensor(), want.float(), rtol=1e-5, atol=1e-5)
 
 
 @case()
 def the_documentation():
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     text = (pathlib.Path(__file__).parents[1] / "docs/distributed.md").read_text()
     shown = {"fastattn": fastattn}
     for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
@@ -294,14 +426,13 @@ def the_documentation():
     q, k, v, _ = operands()
     expected = functional.attention(q, k, v, causal=True)
     torch.testing.assert_close(shown["attend"](q, k, v), expected)
-    parts = [distribute_tensor(t, mesh(), [Shard(1)]) for t in (q, k, v)]
-    split = shown["split_by_heads"](mesh())(*parts, causal=True).full_tensor()
-    torch.testing.assert_close(split, expected)
+    torch.testing.assert_close(shown["attend_by_heads"](mesh(), q, k, v).full_tensor(), expected)
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for name, (function, arguments) in CHECKS.items():
+    chosen = {name: check for name, check in CHECKS.items() if len(sys.argv) < 2 or sys.argv[1] in name}
+    for name, (function, arguments) in chosen.items():
         try:
             function(*arguments)
             outcome = "ok"

@@ -17,7 +17,7 @@ LAYERS = [
     ("nn",),
     ("functional",),
     ("ops",),
-    ("backend", "cuda", "check", "interpreter"),
+    ("backend", "cuda", "check", "interpreter", "sharding"),
     ("kernels", "reference"),
 ]
 LEVEL = {part: level for level, row in enumerate(LAYERS) for part in row}

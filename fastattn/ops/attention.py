@@ -1,6 +1,7 @@
 """Attention: the public functions, their torch ops, their gradient, and which backends can serve them."""
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,20 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, window=None, softc
     extras = (bias, mask, alibi_slopes, sinks, q_lens, kv_lens, None, None)
     _check_extras(q, B, H, *extras[:6])
     options = _options(q, (S_q, S_k), causal, window, softcap, dropout_p, scale)
+    if (
+        backend.in_parts(q) and not dropout_p
+    ):  # a mask goes by the head's place in the whole, which a part does not know
+
+        def call(q, k, v, bias, mask, alibi_slopes, sinks, q_lens, kv_lens):
+            return attention(
+                q, k, v, bias=bias, mask=mask, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+                sinks=sinks, q_lens=q_lens, kv_lens=kv_lens, scale=scale, return_lse=return_lse, return_weights=return_weights,
+            )  # fmt: skip
+
+        outputs = ("bhme", *["bhm"] * return_lse, *["bhmn"] * return_weights)
+        found = _on_parts(call, (q, k, v, *extras[:6]), outputs)
+        if found is not NotImplemented:
+            return found
     o, lse, weights = _attend(q, k, v, extras, options, return_lse, return_weights)
     result = (o, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
     return result if len(result) > 1 else o
@@ -63,6 +78,20 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     extras = (None, None, alibi_slopes, sinks, None, None, cu_seqlens_q, cu_seqlens_k)
     _check_extras(q, B, q.shape[1], None, None, alibi_slopes, sinks, None, None)
     options = _options(q, (max_seqlen_q, max_seqlen_k), causal, window, softcap, dropout_p, scale)
+    if backend.in_parts(q) and not dropout_p:
+
+        def call(q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k):
+            return attention_varlen(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=window, softcap=softcap,
+                alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, return_lse=return_lse,
+            )  # fmt: skip
+
+        slopes = "bh" if alibi_slopes is not None and alibi_slopes.dim() == 2 else "h"
+        names = ("thd", "uhd", "uhe", slopes, "h", "c", "c")
+        tensors = (q, k, v, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+        found = backend.on_parts(call, tensors, names, "h", ("the", *["ht"] * return_lse))
+        if found is not NotImplemented:
+            return found
     o, lse, _ = _attend(q, k, v, extras, options, return_lse, False)
     return (o, lse) if return_lse else o
 
@@ -79,6 +108,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         t.dim() > 2 and t.shape[-3] == 0 for t in (key, value)
     ):  # torch divides by that number
         raise ValueError("scaled_dot_product_attention: enable_gqa with a key or value of no heads")
+    if backend.in_parts(query) and not dropout_p:
+        found = _sdpa_on_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if found is not NotImplemented:
+            return found
     if backend.stock_only(OP, query):
         return stock_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -112,13 +145,47 @@ def _check_context():
         )
 
 
+def _on_parts(call, tensors, outputs):
+    """DTensors are split by batch and heads; where they are split by the queries' rows, those are exchanged for either."""
+    _check_order(tensors[0])
+    slopes = "bh" if tensors[5] is not None and tensors[5].dim() == 2 else "h"
+    names = ("bhmd", "bhnd", "bhne", "bhmn", "bhmn", slopes, "h", "b", "b")
+    return backend.on_parts(call, tensors, names, "bh", outputs, gathered="m")
+
+
+def _sdpa_on_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    if not query.dim() == key.dim() == value.dim() == 4 or (attn_mask is not None and attn_mask.dim() > 4):
+        return NotImplemented
+    _check_order(query)
+
+    def call(query, key, value, attn_mask):
+        return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+
+    names = ("bhmd", "bhnd", "bhne", "" if attn_mask is None else "bhmn"[4 - attn_mask.dim() :])
+    return backend.on_parts(call, (query, key, value, attn_mask), names, "bh", ("bhme",), gathered="m")
+
+
+def _check_order(q):
+    """torch's context_parallel by module, with a load balancer, gives DTensors whose rows are not in their sequence's order."""
+    if any(p.is_shard(2) for p in q.placements) and _reordered():
+        raise RuntimeError(
+            "attention: torch's context_parallel has put the rows of q into its load balancer's order, which causal, window, bias "
+            "and masks do not follow; shard with load_balancer=None, or use fastattn.integrations.distributed.ring_attention"
+        )
+
+
+def _reordered():
+    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    wrapped = module is not None and module._dispatch_mode is module._DispatchMode.MODULE_WRAPPER
+    return wrapped and module._cp_options.enable_load_balance
+
+
 def _from_context_parallel(function):
     return function.__qualname__.startswith("_distribute_function")
 
 
-_from_context_parallel._dynamo_marked_constant = (
-    True  # Dynamo guards on the function, and cannot read its name
-)
+# Dynamo guards on the function, and cannot read its name; nor does it read sys.modules
+_from_context_parallel._dynamo_marked_constant = _reordered._dynamo_marked_constant = True
 
 
 def _as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):

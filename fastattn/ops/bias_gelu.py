@@ -1,5 +1,7 @@
 """Bias and GELU, the activation of a transformer's MLP: public function, torch ops, gradient, backends."""
 
+import string
+
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +32,12 @@ def bias_gelu(x, bias=None, approximate="none"):
             raise TypeError(f"bias_gelu: bias is {bias.dtype}, must be floating")
     if approximate not in ("none", "tanh"):
         raise ValueError(f'bias_gelu: approximate is {approximate!r}, must be "none" or "tanh"')
+    if backend.in_parts(x):
+        dims = string.ascii_letters[: x.dim()]
+        call = lambda x, bias: bias_gelu(x, bias, approximate)  # noqa: E731
+        y = backend.on_parts(call, (x, bias), (dims, dims[-1]), dims, (dims,))
+        if y is not NotImplemented:
+            return y
     tanh = approximate == "tanh"
     chosen = backend.choose(OP, WHY_NOT, x, bias, inductor_fuses=True)
     if chosen == "torch":

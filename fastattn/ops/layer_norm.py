@@ -1,6 +1,7 @@
 """Layer and RMS normalisation, alone or after a residual add with dropout: public functions, torch ops, gradients, backends."""
 
 import math
+import string
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,11 @@ def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
                 return _UsualNorm.apply(x, weight, bias, (eps, rms, x.dtype, "cuda"), _C, M)
             return layer_norm_infer(_C, x, weight, bias, eps, rms)
     normalized_shape = _checked(name, x, normalized_shape, weight, bias, out_dtype)
+    if backend.in_parts(x):
+        call = lambda x, weight, bias: _norm(name, x, normalized_shape, weight, bias, eps, out_dtype)  # noqa: E731
+        y = _on_parts(call, (x,), normalized_shape, (weight, bias))
+        if y is not NotImplemented:
+            return y
     dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[name], x)
     N = math.prod(normalized_shape)
     chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, N=N, inductor_fuses=True)
@@ -88,6 +94,14 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}, must lie in [0, 1]")
+    if backend.in_parts(x) and not dropout_p:  # torch draws the mask of a DTensor by the place in the whole
+
+        def call(x, residual, weight, bias):
+            return _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, 0.0, prenorm, out_dtype)
+
+        found = _on_parts(call, (x, residual), normalized_shape, (weight, bias), outputs=1 + prenorm)
+        if found is not NotImplemented:
+            return found
     dtype = x.dtype if out_dtype else backend.autocast_dtype(WIDENED[norm], x)
     N = math.prod(normalized_shape)
     chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, residual, N=N)
@@ -106,6 +120,14 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
     else:
         y, r = backend.run("add_layer_norm_fwd", chosen, OP, *args, prenorm, False, dtype)[:2]
     return (y.view(x.shape), r.view(x.shape)) if prenorm else y.view(x.shape)
+
+
+def _on_parts(call, rows, normalized_shape, parameters, outputs=1):
+    """DTensors are split along any dims but the normalised ones."""
+    dims = string.ascii_letters[: rows[0].dim()]
+    leading = dims[: len(dims) - len(normalized_shape)]
+    names = [dims] * len(rows) + [dims[len(leading) :]] * len(parameters)
+    return backend.on_parts(call, (*rows, *parameters), names, leading, [dims] * outputs)
 
 
 def _checked(name, x, normalized_shape, weight, bias, out_dtype):

@@ -1,6 +1,7 @@
 """Positional encodings and the fused embeddings: public functions, torch ops, gradients, which backends can serve them."""
 
 import math
+import string
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,18 @@ def add_positional_encoding(x, table=None, *, position_ids=None, offset=0, scale
                 f"{name}: offset {offset} and S {S} need rows {offset} .. {offset + S - 1}; table has {table.shape[0]}"
             )
     _check_ids(name, "position_ids", position_ids, x.shape[:-1], x, None if table is None else table.shape[0])
+    if backend.in_parts(x) and not dropout_p:
+
+        def call(x, table, position_ids):
+            return add_positional_encoding(x, table, position_ids=position_ids, offset=offset, scale=scale)
+
+        dims = string.ascii_lowercase[: x.dim()]
+        names = dims, f"P{dims[-1]}", _names_of_ids(dims[:-1], position_ids)
+        # rows know their places only by their ids
+        split = dims[: -2 if position_ids is None else -1]
+        y = backend.on_parts(call, (x, table, position_ids), names, split, (dims,))
+        if y is not NotImplemented:
+            return y
     chosen = backend.choose(OP, WHY_NOT, x, table, position_ids, N=C)
     if chosen == "torch":
         y = _stock_add(x, table, position_ids, offset, scale)
@@ -100,6 +113,21 @@ def embeddings(
         raise ValueError(f"{name}: padding_idx {padding_idx} is outside token_table's {V} rows")
 
     tables = (token_table, type_table, position_table, norm_weight, norm_bias)
+    if backend.in_parts(input_ids) and not dropout_p:
+
+        def call(input_ids, type_ids, position_ids, token_table, type_table, position_table, *norm):
+            return embeddings(
+                input_ids, token_table, position_table, type_ids=type_ids, type_table=type_table, position_ids=position_ids,
+                norm_weight=norm[0], norm_bias=norm[1], eps=eps, padding_idx=padding_idx,
+            )  # fmt: skip
+
+        dims = string.ascii_lowercase[: input_ids.dim()]
+        ids = (input_ids, type_ids, position_ids)
+        names = (*(_names_of_ids(dims, t) for t in ids), "VC", "TC", "PC", "C", "C")
+        split = dims if position_table is None or position_ids is not None else dims[:-1]
+        y = backend.on_parts(call, (*ids, *tables), names, split, (f"{dims}C",))
+        if y is not NotImplemented:
+            return y
     chosen = backend.choose(
         OP,
         WHY_NOT_EMBEDDINGS,
@@ -121,6 +149,11 @@ def embeddings(
             tensors = backend.distinct(*tensors)
         return _Embeddings.apply(*tensors, seed, eps, dropout_p, padding_idx, chosen)
     return backend.run("embeddings_fwd", chosen, OP, *ids, *tables, seed, eps, dropout_p)[0]
+
+
+def _names_of_ids(dims, ids):
+    """The names of ids' dims, which broadcast to `dims` from the right."""
+    return "" if ids is None else dims[len(dims) - ids.dim() :]
 
 
 def _check_dropout(name, dropout_p):

@@ -1,6 +1,7 @@
 """Softmax: the public functions, their torch ops, their gradients, and which backends can serve them."""
 
 import math
+import string
 
 import torch
 
@@ -39,8 +40,14 @@ def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dty
         raise ValueError(
             f"scaled_masked_softmax: scores is {tuple(scores.shape)}, needs (..., S_q, S_k): two dims or more"
         )
-    if mask is not None:
-        mask = _checked_mask(mask, scores)
+    given, mask = mask, None if mask is None else _checked_mask(mask, scores)
+    if backend.in_parts(scores):
+        call = lambda scores, mask: scaled_masked_softmax(scores, mask, scale, causal, out_dtype=out_dtype)  # noqa: E731
+        dims = string.ascii_letters[: scores.dim()]
+        names = dims, "" if given is None else dims[scores.dim() - given.dim() :]
+        y = backend.on_parts(call, (scores, given), names, dims[: -2 if causal else -1], (dims,))
+        if y is not NotImplemented:
+            return y
     dtype = _requested("scaled_masked_softmax", scores, None, out_dtype) or backend.autocast_dtype(
         WIDENED, scores
     )
@@ -57,6 +64,13 @@ def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dty
 def _softmax(name, x, dim, dtype, out_dtype, log):
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise IndexError(f"{name}: dim is {dim}, x has {x.dim()} dims")
+    if backend.in_parts(x):
+        dims = string.ascii_letters[: x.dim()]
+        others = dims.replace(dims[dim], "") if dims else ""
+        call = lambda x: _softmax(name, x, dim, dtype, out_dtype, log)  # noqa: E731
+        y = backend.on_parts(call, (x,), (dims,), others, (dims,))
+        if y is not NotImplemented:
+            return y
     requested = _requested(name, x, dtype, out_dtype)
     dtype = requested or backend.autocast_dtype(WIDENED, x)
     N = x.shape[dim] if x.dim() else 1
