@@ -317,6 +317,7 @@ RULES = {
     "attention of three heads": (lambda f, q, k, v: f.attention(q, k, v, causal=True), ((1, 3, 6, 8),) * 3, "1111 2222"),
     "attention of three key heads": (
         lambda f, q, k, v: f.attention(q, k, v, causal=True), ((1, 6, 6, 8), (1, 3, 6, 8), (1, 3, 6, 8)), "111- 2222"),
+    "attention of one head": (lambda f, q, k, v: f.attention(q, k, v, causal=True), ((1, 1, 6, 8),) * 3, "2222 111-"),
     "scaled_dot_product_attention": (
         lambda f, q, k, v, m: f.scaled_dot_product_attention(q, k, v, m), (Q, Q, Q, (6, 6)), "000-0 111-1 222-2"),
     "attention_varlen": (
