@@ -33,7 +33,7 @@ def drawn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def operands(H=2 * W, H_kv=W, S=16, D=8, D_v=8, dtype=torch.float32):
+def operands(H=2 * W, H_kv=W, S=8 * W, D=8, D_v=8, dtype=torch.float32):
     shapes = ((2, H, S, D), (2, H_kv, S, D), (2, H_kv, S, D_v), (2, H, S, D_v))
     return [drawn(*shape, seed=20 + i, dtype=dtype) for i, shape in enumerate(shapes)]
 
@@ -41,22 +41,35 @@ def operands(H=2 * W, H_kv=W, S=16, D=8, D_v=8, dtype=torch.float32):
 def over_the_ranks(function, q, k, v, do, order, **options):
     """The whole output and gradients from parts on the two ranks."""
     parts = [distributed.shard(t, 2, order=order).requires_grad_() for t in (q, k, v)]
+    options = with_leaves(options)
     o = function(*parts, order=order, **options)
     o.backward(distributed.shard(do, 2, order=order))
-    return [distributed.unshard(t, 2, order=order) for t in (o, *(p.grad for p in parts))]
+    sinks = [t.grad for t in (options.get("sinks"),) if t is not None]
+    for t in sinks:
+        dist.all_reduce(t)
+    return [*(distributed.unshard(t, 2, order=order) for t in (o, *(p.grad for p in parts))), *sinks]
+
+
+def with_leaves(options, dtype=None):
+    """Sinks as a leaf of their own, slopes like them in dtype."""
+    found = {n: t.to(dtype) if dtype and n in ("alibi_slopes", "sinks") else t for n, t in options.items()}
+    if "sinks" in found:
+        found["sinks"] = found["sinks"].detach().clone().requires_grad_()
+    return found
 
 
 def alone(q, k, v, do, dtype, **options):
     leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    options = with_leaves(options, dtype)
     o = reference.attention(*leaves, **options)[0]
     o.backward(do.to(dtype))
-    return [o, *(t.grad for t in leaves)]
+    return [o, *(t.grad for t in leaves), *(t.grad for t in (options.get("sinks"),) if t is not None)]
 
 
 def same(q, k, v, do, function, order, **options):
     got = over_the_ranks(function, q, k, v, do, order, **options)
     base, exact = (alone(q, k, v, do, dtype, **options) for dtype in (q.dtype, torch.float64))
-    names = ("o", "dq", "dk", "dv")
+    names = ("o", "dq", "dk", "dv", "dsinks")[: len(got)]
     problems = [check.compare(n, *three) for n, *three in zip(names, got, base, exact, strict=True)]
     assert not any(problems), problems
 
@@ -87,12 +100,47 @@ def ulysses_with_window_and_sinks(order):
     same(q, k, v, do, distributed.ulysses_attention, order, **options)
 
 
+SLOPES_AND_SINKS = dict(alibi_slopes=drawn(2 * W, seed=8).abs(), sinks=drawn(2 * W, seed=9))
+RING = {
+    "window": dict(causal=True, window=(5, 0)),
+    "window in a piece": dict(causal=True, window=(2, None)),
+    "window both ways": dict(window=(3, 6)),
+    "window ahead": dict(window=(None, 1)),
+    "no window back": dict(window=(0, 2)),
+    "alibi": dict(causal=True, alibi_slopes=SLOPES_AND_SINKS["alibi_slopes"]),
+    "alibi both ways": dict(window=(9, 6), alibi_slopes=drawn(2, 2 * W, seed=8).abs()),
+    "sinks": dict(sinks=SLOPES_AND_SINKS["sinks"]),
+    "lengths": dict(causal=True, q_lens=torch.tensor([16, 5]), kv_lens=torch.tensor([3, 13])),
+    "all": dict(causal=True, window=(6, 0), softcap=2.0, scale=0.5, kv_lens=torch.tensor([16, 7]), q_lens=torch.tensor([9, 7]), **SLOPES_AND_SINKS),
+}  # fmt: skip
+
+
+@case(
+    **{f"{name}, {order}": (order, options) for name, options in RING.items() for order in distributed.ORDERS}
+)
+def ring_with(order, options):
+    """In 64 bits to the rounding, which shows any pair too many; in 16 by the rule."""
+    given = operands(S=12 * W, dtype=torch.float64)
+    got = over_the_ranks(distributed.ring_attention, *given, order, **with_leaves(options, torch.float64))
+    for have, want in zip(got, alone(*given, torch.float64, **options), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9)
+    same(*operands(S=12 * W, dtype=torch.bfloat16), distributed.ring_attention, order, **options)
+
+
 @case(ring=("ring_attention",), ulysses=("ulysses_attention",))
 def on_the_kernels(kind):
     before = backend.calls["attention", "triton"]
     with fastattn.use_backend("triton"):
         same(*operands(), getattr(distributed, kind), "head_tail", causal=True)
     assert backend.calls["attention", "triton"] > before
+
+
+@case(**{order: (order,) for order in distributed.ORDERS})
+def ring_with_all_on_the_kernels(order):
+    for name, dtype in (("triton", torch.float32), ("cuda", torch.bfloat16)):
+        if name == "triton" or cuda.not_emulated() is None:
+            with fastattn.use_backend(name):
+                same(*operands(dtype=dtype), distributed.ring_attention, order, **RING["all"])
 
 
 @case(ring=("ring_attention",), ulysses=("ulysses_attention",))
@@ -122,12 +170,18 @@ def what_cannot_be_split_is_refused():
         "even number of rows": lambda: distributed.ring_attention(
             *(t[:, :, :7] for t in (q, k, v)), order="head_tail"
         ),
+        "dropout_p is 0.1": lambda: distributed.ring_attention(q, k, v, dropout_p=0.1),
+        "alibi_slopes requires grad": lambda: distributed.ring_attention(
+            q, k, v, alibi_slopes=torch.ones(2 * W, requires_grad=True)
+        ),
+        "kv_lens is [3, 99]": lambda: distributed.ring_attention(q, k, v, kv_lens=torch.tensor([3, 99])),
+        "window is (-1, 0)": lambda: distributed.ring_attention(q, k, v, window=(-1, 0)),
         "order is 'zigzag'": lambda: distributed.ring_attention(q, k, v, order="zigzag"),
         "do not make 4": lambda: distributed.shard(q[:, :, :6], 2, order="head_tail"),
     }.items():
         try:
             call()
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, IndexError) as e:
             assert message in str(e), e
         else:
             raise AssertionError(f"nothing said that {message}")

@@ -34,9 +34,14 @@ def test_on_two_ranks(outcomes, name):
 
 @pytest.mark.parametrize("order", distributed.ORDERS)
 @pytest.mark.parametrize("W", [1, 3, 4])
-def test_the_parts_of_any_number_of_ranks_make_the_whole(W, order):
+@pytest.mark.parametrize("causal, left, right, sloped", [(True, -1, -1, False), (True, 5, -1, True), (False, 1, 4, True), (True, 0, 0, False)])  # fmt: skip
+def test_the_parts_of_any_number_of_ranks_make_the_whole(causal, left, right, sloped, W, order):
     """The ring's plan and merge, without its transport: every rank's rows against every rank's keys."""
     q, k, v = torch.randn(3, 1, 2, 24, 8)
+    slopes = torch.rand(2) if sloped else None
+    rules = distributed._Rules(causal, left, right, 0.3, 0.0, None, order, slopes, None, None)
+    window = tuple(None if w == -1 else w for w in (left, right))
+    allowed = reference.attended(24, 24, causal, window)[0]
     where = torch.arange(24).chunk(W if order == "contiguous" else 2 * W)
     held = [torch.cat([where[i] for i in distributed._held(rank, W, order)]) for rank in range(W)]
     pairs, got = 0, torch.zeros_like(q)
@@ -44,15 +49,21 @@ def test_the_parts_of_any_number_of_ranks_make_the_whole(W, order):
         S = len(held[rank])
         o, lse = torch.zeros(1, 2, S, 8), torch.full((1, 2, S), -torch.inf)
         for source in range(W):
-            if work := distributed._work(rank, source, S, True, order):
-                rows, keys, diagonal = work
-                operands = (t[:, :, at][:, :, part] for t, at, part in ((q, held[rank], rows), (k, held[source], keys), (v, held[source], keys)))  # fmt: skip
-                part = reference.attention(*operands, causal=diagonal)[:2]
-                o[:, :, rows], lse[:, :, rows] = distributed.merge(o[:, :, rows], lse[:, :, rows], *part)
-                pairs += len(held[rank][rows]) * len(held[source][keys]) * (0.5 if diagonal else 1)
+            for r in distributed._work(rank, source, W, S, rules):
+                rows, keys = held[rank][r.rows], held[source][r.keys]
+                options, shift = distributed._options(r, q[:, :, rows], k[:, :, keys], rules)
+                o_i, lse_i, _ = reference.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], **options)
+                o[:, :, r.rows], lse[:, :, r.rows] = distributed.merge(
+                    o[:, :, r.rows], lse[:, :, r.rows], o_i, lse_i + shift
+                )
+                mine = allowed[rows][:, keys]
+                assert mine.any(0)[[0, -1]].all() and mine.any(1)[[0, -1]].all()  # no edge could be cut off
+                pairs += mine.numel() * (0.5 if r.causal else 1)
         got[:, :, held[rank]] = o
-    torch.testing.assert_close(got, reference.attention(q, k, v, causal=True)[0])
-    assert pairs == 24 * 24 / 2  # nothing is computed and then masked, but on the diagonal
+    whole = reference.attention(q, k, v, causal=causal, window=window, alibi_slopes=slopes, scale=0.3)[0]
+    torch.testing.assert_close(got, whole)
+    if left == right == -1:
+        assert pairs == 24 * 24 / 2  # nothing is computed and then masked but on the diagonal
 
 
 def test_merging_nothing_is_no_nan():
