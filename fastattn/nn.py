@@ -344,11 +344,13 @@ def _add_norm(x, residual, dropout, norm, prenorm=False):
 
 
 def _has_hooks(module):
+    """Whether a call of the module does more than its class's forward, by torch's hooks or accelerate's, which fetch weights."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 

@@ -29,9 +29,18 @@ TARGETS = {
 # Classes of libraries that need not be here. Their forward stays theirs, and what it calls is brought to ours.
 REROUTED = (
     "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.layers.attention_pool.AttentionPoolLatent",
     "timm.layers.norm.LayerNorm",
+    "timm.layers.norm.LayerNorm2d",
+    "timm.layers.norm.RmsNorm",
+    "timm.models.beit.Attention",
+    "timm.models.eva.EvaAttention",
+    "timm.models.swin_transformer.WindowAttention",
     "timm.models.vision_transformer.Attention",  # as older ones have it
+    "timm.models.vision_transformer_sam.Attention",
     "diffusers.models.attention_processor.Attention",  # whichever processor it holds
+    "diffusers.models.attention.AttentionModuleMixin",  # the base of every newer one, which hold processors as well
 )
 # Where the first is imported, the second knows what to do with its models, by targets() and attach().
 LIBRARIES = {"transformers.modeling_utils": "fastattn.integrations.transformers"}
@@ -67,7 +76,7 @@ def patch(model, *, strict=False, extra=None, out_dtype=None):
         raise ValueError(f'patch: out_dtype is {out_dtype!r}, must be None (as torch) or "input"')
     integrations = _integrations()
     targets = TARGETS | {
-        kind: with_forward(kind, rerouted) for kind in map(type, model.modules()) if _dotted(kind) in REROUTED
+        kind: with_forward(kind, rerouted) for kind in map(type, model.modules()) if _is_rerouted(kind)
     }
     for integration in integrations:
         targets |= integration.targets()
@@ -211,6 +220,12 @@ class Report:
             yield kind, len(names), what, f"{where}: {why}" if why else where
         for op, name, n, reason in self.calls():
             yield "calls", n, f"{op} on {name}", reason
+
+
+def _is_rerouted(kind):
+    return _dotted(kind) in REROUTED or any(
+        base.__name__.endswith("Mixin") and _dotted(base) in REROUTED for base in kind.__mro__
+    )
 
 
 def _visit(report, name, module, targets):

@@ -242,7 +242,6 @@ def _plain(module, kind):
     return (
         type(module) is kind
         and not _has_hooks(module)
-        and "forward" not in module.__dict__  # accelerate's hooks, Liger's patches, hub kernels
         and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     )
 
