@@ -52,6 +52,8 @@ BAD = {
     "attention heads": (attention(q=Q[:, :3]), "heads"),
     "sdpa of no key heads": (
         lambda: f.scaled_dot_product_attention(Q, K[:, :0].requires_grad_(), K, enable_gqa=True), "heads"),
+    "layer_norm without eps": (lambda: f.layer_norm(X, (8,), eps=None), "eps"),
+    "position table too short for no rows": (lambda: f.add_positional_encoding(X[:0], TABLE, offset=4), "offset"),
     "position offset is a tensor": (lambda: f.add_positional_encoding(X, offset=torch.tensor(1)), "offset"),
     "attention lengths of k and v": (attention(v=K[:, :, :3]), "v"),
     "attention dtype mix": (attention(k=K.half()), "k"),

@@ -59,7 +59,7 @@ def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
         if M := layer_norm_usual(_C, x, normalized_shape, weight, bias):
             # What the steps below would come to, in a third of their time.
             backend.calls[name, "cuda"] += 1
-            rms, eps = name == "rms_norm", _default_eps(eps, x) if eps is None else eps
+            rms, eps = name == "rms_norm", _default_eps(name, eps, x) if eps is None else eps
             if backend.needs_grad(x, weight, bias):
                 return _UsualNorm.apply(x, weight, bias, (eps, rms, x.dtype, "cuda"), _C, M)
             return layer_norm_infer(_C, x, weight, bias, eps, rms)
@@ -74,7 +74,7 @@ def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
     chosen = backend.choose(name, WHY_NOT[name], x, weight, bias, dtype, N=N, inductor_fuses=True)
     if chosen == "torch":
         return _stock(name, x, normalized_shape, weight, bias, eps, dtype)
-    rms, eps = name == "rms_norm", _default_eps(eps, x)
+    rms, eps = name == "rms_norm", _default_eps(name, eps, x)
     rows, weight, bias = _flattened(normalized_shape, x, weight, bias)
     if torch.compiler.is_compiling():
         rows, weight, bias = backend.distinct(rows, weight, bias)
@@ -110,7 +110,7 @@ def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p,
         y = _stock(norm, r, normalized_shape, weight, bias, eps, dtype)
         return (y, r) if prenorm else y
     seed = backend.draw_seed(x) if dropout_p else None
-    rms, eps = norm == "rms_norm", _default_eps(eps, residual)
+    rms, eps = norm == "rms_norm", _default_eps(norm, eps, residual)
     rows, residual_rows, weight, bias = _flattened(normalized_shape, x, residual, weight, bias)
     if torch.compiler.is_compiling():
         rows, residual_rows, weight, bias = backend.distinct(rows, residual_rows, weight, bias)
@@ -149,7 +149,9 @@ def _checked(name, x, normalized_shape, weight, bias, out_dtype):
     return normalized_shape
 
 
-def _default_eps(eps, x):
+def _default_eps(name, eps, x):
+    if eps is None and name == "layer_norm":
+        raise TypeError("layer_norm: eps is None, must be a float")
     return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else float(eps)
 
 

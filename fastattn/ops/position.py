@@ -40,7 +40,7 @@ def add_positional_encoding(x, table=None, *, position_ids=None, offset=0, scale
         raise ValueError(f"{name}: offset is {offset}, but position_ids were given: add it to them")
     if table is not None:
         _check_table(name, "table", table, C, x)
-        if position_ids is None and x.numel() and not 0 <= offset <= table.shape[0] - S:
+        if position_ids is None and not 0 <= offset <= table.shape[0] - S:
             raise IndexError(
                 f"{name}: offset {offset} and S {S} need rows {offset} .. {offset + S - 1}; table has {table.shape[0]}"
             )
