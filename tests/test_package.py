@@ -86,6 +86,15 @@ assert y.shape == (2, 8)
 """
 
 
+def test_front_end_runs_once_for_code_and_ptx():
+    code = "import setup; print(*setup.gencode('softmax.cu', ['80', '90a']), *setup.gencode('attention_sm90.cu', ['80', '90a']))"
+    portable = [
+        f"-gencode=arch=compute_{v},code={c}" for v, c in ((80, "sm_80"), (90, "sm_90"), (80, "compute_80"))
+    ]
+    flags = python("-c", code, cwd=ROOT).split()
+    assert flags == [*portable, "-gencode=arch=compute_90a,code=sm_90a"]
+
+
 def test_wheel_from_sdist(checkout, fresh, tmp_path):
     pypi = str(fresh.parents[1] / "lib")  # `kernels` is there while building, too
     site = next(pathlib.Path(pypi).glob("python*/site-packages"))
@@ -116,6 +125,7 @@ def test_wheel_from_sdist(checkout, fresh, tmp_path):
         )
         python("-c", describe, cwd=tmp_path, executable=fresh)
         (extension,) = pathlib.Path(pypi).rglob("_C.*.so")
+        assert extension.stat().st_size < 20 * 2**20  # 6 MiB an architecture, 31 where code is not compressed
         if shutil.which("readelf"):
             needed = subprocess.run(
                 ["readelf", "-d", extension], capture_output=True, text=True, check=True
