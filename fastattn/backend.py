@@ -34,10 +34,19 @@ PROVEN: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
 # 15, and rows beyond 32k columns do not fit into one program's registers.
 Row = collections.namedtuple("Row", "ops dtypes elements N order measured")
 ROW_OPS = ("softmax", "log_softmax", "scaled_masked_softmax", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "position")  # fmt: skip
+# Attention counts q's elements, N is the keys of a row, and their product times 4 the forward's FLOP. 2**30 of them take a GPU
+# of 400 TFLOP/s 10 us, less than Triton's launch: a layer of GPT-2 up to 1024 tokens, one of BERT-base up to 8 sequences of
+# 128. With few keys reading q, k and v is the work, and 32 MB of q, k, v and o take as long. Larger calls wait for the tensor
+# cores: Triton's kernels drive Hopper's by its own instructions, csrc/attention.cu by those of sm_80, at two thirds of the
+# rate. Decoding is bound by the memory that holds its cache or else by the host, a launch for each layer and token.
 ROWS = (
     Row(ROW_OPS, None, (0, 2**22), None, ("cuda", "triton", "torch"), None),
     Row(ROW_OPS, None, None, (2**15 + 1, 2**62), ("cuda", "triton", "torch"), None),
     Row(ROW_OPS, None, None, None, ("triton", "cuda", "torch"), None),
+    Row(("attention",), None, (0, 2**20), (0, 2**10), ("cuda", "triton", "torch"), None),
+    Row(("attention",), None, (0, 2**22), (0, 2**7), ("cuda", "triton", "torch"), None),
+    Row(("attention",), None, None, None, ("triton", "cuda", "torch"), None),
+    Row(("attention_decode",), None, None, None, ("cuda", "triton", "torch"), None),
 )
 
 calls: collections.Counter = collections.Counter()  # (op, backend) -> eager calls in this process

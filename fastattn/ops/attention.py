@@ -125,7 +125,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         chosen = backend.choose(OP, dict.fromkeys(WHY_NOT, lambda *_: problem), query)
     else:
         extras = (bias, mask, None, None, None, None, None, None)
-        chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, False)
+        chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, False, N=k.shape[2])
     if chosen == "torch":
         return stock_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -373,7 +373,7 @@ def _options(q, lengths, causal, window, softcap, dropout_p, scale):
 
 
 def _attend(q, k, v, extras, options, return_lse, return_weights):
-    chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, return_weights)
+    chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, return_weights, N=options[1])
     # The gradient of weights is taken by autograd within a backward, which Dynamo does not trace.
     untraceable = return_weights and torch.compiler.is_compiling() and backend.needs_grad(q, k, v, *extras)
     if chosen == "torch" or untraceable:

@@ -45,7 +45,7 @@ def attention_decode(q, k_cache, v_cache, cache_lens, *, block_table=None, k_new
         )
     options = _options(q, (q.shape[2], capacity), "bottom_right", window, softcap, 0.0, scale)
     operands = (q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks)
-    chosen = backend.choose(OP, WHY_NOT, *operands)
+    chosen = backend.choose(OP, WHY_NOT, *operands, N=capacity)
     if chosen == "torch":
         o, lse = _torch_attention_decode(*operands, options, return_lse)
     else:
