@@ -42,7 +42,7 @@ REROUTED = (
     "diffusers.models.attention_processor.Attention",  # whichever processor it holds
     "diffusers.models.attention.AttentionModuleMixin",  # the base of every newer one, which hold processors as well
 )
-# Where the first is imported, the second knows what to do with its models, by targets() and attach().
+# Where the first is imported, the second knows what to do with its models, by targets(model) and attach(model, report).
 LIBRARIES = {"transformers.modeling_utils": "fastattn.integrations.transformers"}
 # On a patched module: {"__class__": (before, after), attribute: (was in __dict__, before)}.
 BEFORE = "_before_fastattn"
@@ -79,7 +79,7 @@ def patch(model, *, strict=False, extra=None, out_dtype=None):
         kind: with_forward(kind, rerouted) for kind in map(type, model.modules()) if _is_rerouted(kind)
     }
     for integration in integrations:
-        targets |= integration.targets()
+        targets |= {cls: _replacement(cls, wanted) for cls, wanted in integration.targets(model).items()}
     extra = {cls: _replacement(cls, wanted) for cls, wanted in (extra or {}).items()}
     targets |= extra
 

@@ -25,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
 from fastattn import functional
+from fastattn.integrations import norms
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -188,13 +189,15 @@ def _sequence_of(t, cu_seq_lens):
     return torch.bucketize(rows, cu_seq_lens[1:].to(rows.dtype), right=True).view(t.shape[0], 1, t.shape[2])
 
 
-def targets():
-    """{class of transformers: our subclass of it}, for patch; none where no model of theirs can be here."""
-    if not any(f"transformers.models.{name}.modeling_{name}" in sys.modules for name in ("gpt2", "bert")):
-        return {}
-    from fastattn.integrations import gpt2_bert  # which imports both models
+def targets(model):
+    """{class of transformers: our subclass of it, or a forward for one}, for patch; of GPT-2, BERT, and the norms in the model."""
+    found = {cls: norms.formula(cls) for cls in set(map(type, model.modules()))}
+    found = {cls: forward for cls, forward in found.items() if forward is not None}
+    if any(f"transformers.models.{name}.modeling_{name}" in sys.modules for name in ("gpt2", "bert")):
+        from fastattn.integrations import gpt2_bert  # which imports both models
 
-    return gpt2_bert.TARGETS
+        found |= gpt2_bert.TARGETS
+    return found
 
 
 def attach(model, report):
