@@ -266,7 +266,7 @@ def on_second_gpu(value):
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:1")
 
 
-def test_a_dtensor_is_refused_with_a_sentence(tmp_path):
+def test_a_dtensor_of_one_rank_is_served_but_with_dropout(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -276,10 +276,9 @@ def test_a_dtensor_is_refused_with_a_sentence(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         q, k, v = (distribute_tensor(t.detach(), mesh, [Replicate()]) for t in qkv())
         with pytest.raises(NotImplementedError, match="DTensor"):
-            functional.attention(q, k, v)
-        x = distribute_tensor(torch.randn(3, 8), mesh, [Replicate()])
-        with pytest.raises(NotImplementedError, match="DTensor"):
-            functional.layer_norm(x, (8,))
+            functional.attention(q, k, v, dropout_p=0.5)
+        o, plain = functional.attention(q, k, v), [t.to_local() for t in (q, k, v)]
+        assert torch.equal(o.to_local(), functional.attention(*plain))
     finally:
         dist.destroy_process_group()
 
