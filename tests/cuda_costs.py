@@ -120,10 +120,13 @@ def nvdisasm():
 
 
 def census(cubin):
-    """{mangled name: model.census} of every kernel of a cubin."""
+    """{mangled name: model.census and model.step} of every kernel of a cubin."""
     text = subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\t\.section\t\.text\.(\w+),.*$", text, flags=re.M)
-    return {name: model.census(sass) for name, sass in zip(parts[1::2], parts[2::2], strict=True)}
+    return {
+        name: model.census(sass) | {"step": model.step(sass)}
+        for name, sass in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 def occupancy(arch, registers, shared, threads):
@@ -207,6 +210,19 @@ def vectors(kernel):
     return whole and not kernel.startswith(("layer_norm_bwd_kernel", "layer_norm_bwd_sums_kernel"))
 
 
+def of_step(kernel, sass):
+    """What the gate watches of a tile's step: instructions by pipe for an element of S, of which a lane has rows * others / 32."""
+    tile = model.portable_tile(kernel)
+    if tile is None:
+        return {}
+    ops = model.turns(sass["step"], "HMMA", tile.instructions()["HMMA"])
+    of_lane = tile.rows * tile.others / 32
+    by_pipe = {pipe: round(n / of_lane, 3) for pipe, n in model.pipes(ops).items()}
+    return {"an S element": round(sum(model.pipes(ops).values()) / of_lane, 3)} | {
+        f"{pipe} an S element": n for pipe, n in by_pipe.items()
+    }
+
+
 def census_table(report):
     """{kernel: what the gate watches of its code for sm_90a}; {} where nothing could disassemble it."""
     table = {}
@@ -227,7 +243,7 @@ def census_table(report):
             }
             if elements(name):
                 watched["instructions an element"] = round(count(ops) / elements(name), 2)
-            table[name] = watched
+            table[name] = watched | of_step(name, row["sass"])
     return dict(sorted(table.items()))
 
 

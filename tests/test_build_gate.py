@@ -70,6 +70,19 @@ def test_attention_runs_on_tensor_cores_from_asynchronous_copies(report, census)
             assert any(op.startswith(kind) for op in sass[kernel]), f"{kernel}: no {kind}"
 
 
+def test_a_step_of_attention_is_the_products_and_copies_of_its_tile(report, census):
+    sass = {k: row["sass"] for p in report for k, row in p["kernels"].items() if row["sass"]}
+    checked = {kernel: tile for kernel in sass if (tile := cuda_costs.model.portable_tile(kernel))}
+    assert checked
+    for kernel, tile in checked.items():
+        expected = tile.instructions()
+        ops = cuda_costs.model.turns(sass[kernel]["step"], "HMMA", expected["HMMA"])
+        found = {kind: sum(n for op, n in ops.items() if op.startswith(kind)) for kind in expected}
+        if tile.apart:  # copies row by row, in a loop
+            assert found.pop("LDGSTS") > 0 and expected.pop("LDGSTS")
+        assert found == expected, kernel
+
+
 def test_vectors_move_in_16_byte_accesses(census, report):
     sass = {k: row["sass"] for p in report for k, row in p["kernels"].items() if row["sass"]}
     checked = [kernel for kernel in census if cuda_costs.vectors(kernel)]

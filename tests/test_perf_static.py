@@ -4,12 +4,15 @@ The numbers are of sm_90 under the pinned triton, at sizes that people run (aot.
 launch has them. They say what a kernel must at least cost; what it does cost only a GPU says.
 """
 
+import collections
+import dataclasses
 import json
 import math
 import time
 import timeit
 
 import aot
+import cuda_costs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +50,107 @@ def test_unit_model(tile, shared, mufu):
     step = model.forward_step(*tile)
     assert step.shared / step.tensor == pytest.approx(shared, abs=0.006)
     assert step.mufu / step.tensor == pytest.approx(mufu, abs=0.006)
+
+
+# Tiles of the portable CUDA kernels in which another unit needs more clocks than the tensor cores, at compute capability 8.0: how
+# many times as many, by head dim and whether a call's rules are rich. All others are bound by the tensor cores.
+#
+# Shared memory: a warp of 16 rows fetches two right operands in 4 clocks of the SM and multiplies by them in 4; its left
+# operands, the other side's arrival and the statistics come on top. 32 rows take half of that, where two accumulators of
+# a head dim and a tile of S fit into 255 registers. Backward fetches each tile as rows and as columns, so D = 128 has 1.4
+# with the 8 warps that share it. Issue and ALU: rich rules are 10 to 20 instructions an element whatever D is.
+ROWS_OF_16 = {
+    "attention_fwd_kernel": {
+        (64, True): {"shared": 1.33}, (128, True): {"shared": 1.29},
+        (192, False): {"shared": 1.55}, (192, True): {"shared": 1.55},
+        (256, False): {"shared": 1.54}, (256, True): {"shared": 1.54},
+    },
+    "attention_bwd_dkdv_kernel": {
+        (64, True): {"shared": 1.55, "issue": 1.28, "alu": 1.07},
+        (128, False): {"shared": 1.40}, (128, True): {"shared": 1.40},
+        (192, False): {"shared": 1.58}, (192, True): {"shared": 1.58},
+        (256, False): {"shared": 1.91}, (256, True): {"shared": 1.91},
+    },
+    "attention_bwd_dq_kernel": {
+        (64, True): {"shared": 1.55, "issue": 1.28, "alu": 1.01}, (128, True): {"shared": 1.53},
+        (192, False): {"shared": 1.52}, (192, True): {"shared": 1.52},
+        (256, False): {"shared": 1.86}, (256, True): {"shared": 1.86},
+    },
+}  # fmt: skip
+
+
+def tiles():
+    """(kernel, its arguments, its tile, clocks of a step by unit) of the portable kernels, from the committed census."""
+    for kernel, row in json.loads(cuda_costs.CENSUS.read_text()).items():
+        if tile := model.portable_tile(kernel):
+            by_pipe = {pipe: row[f"{pipe} an S element"] for pipe in [*model.PIPES, "other"]}
+            stem, _, arguments = kernel.rstrip(">").partition("<")
+            yield stem, arguments.split(", "), tile, dataclasses.asdict(tile.clocks(by_pipe))
+
+
+def test_portable_tiles_are_bound_by_the_tensor_cores_or_listed():
+    above = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for stem, arguments, tile, clocks in tiles():
+        if tile.apart:
+            continue
+        of_tile = above[stem][tile.D, arguments[5] == "true"]
+        for unit, needed in clocks.items():
+            if needed > clocks["tensor"]:
+                of_tile[unit] = max(of_tile.get(unit, 0), needed / clocks["tensor"])
+    for stem, listed in ROWS_OF_16.items():
+        assert {key for key, units in above[stem].items() if units} == set(listed), stem
+        for key, units in listed.items():
+            assert above[stem][key] == pytest.approx(units, abs=0.006), (stem, key)
+    assert set(above) == set(ROWS_OF_16)
+
+
+def test_decoding_is_bound_by_memory():
+    """By three times at an A100's ten bytes a clock and SM; an H200 has twice those."""
+    found = [(arguments, clocks) for _, arguments, tile, clocks in tiles() if tile.apart]
+    assert found
+    for arguments, clocks in found:
+        memory = clocks.pop("memory")
+        assert max(clocks.values()) < memory / 3, (arguments, clocks)
+
+
+# A step that copies, multiplies in a loop of its own, excludes where it must, and comes round again.
+STEP = r"""
+.L_a:
+    /*0000*/    BAR.SYNC.DEFER_BLOCKING 0x0 ;
+    /*0010*/    @!P0 BRA `(.L_b) ;
+    /*0020*/    LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+    /*0030*/    LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+.L_b:
+    /*0040*/    LDGDEPBAR ;
+.L_c:
+    /*0050*/    LDSM.16.M88.4 R4, [R8] ;
+    /*0060*/    HMMA.16816.F32 R12, R4, R6, R12 ;
+    /*0070*/    HMMA.16816.F32 R16, R4, R6, R16 ;
+    /*0080*/    @P1 BRA `(.L_c) ;
+    /*0090*/    @P2 BRA P3, `(.L_d) ;
+    /*00a0*/    FSEL R12, R12, -INF , P4 ;
+    /*00b0*/    FSEL R13, R13, -INF , P4 ;
+.L_d:
+    /*00c0*/    MUFU.EX2 R12, R12 ;
+    /*00d0*/    @P5 BRA `(.L_a) ;
+    /*00e0*/    EXIT ;
+.L_e:
+    /*00f0*/    BRA `(.L_e);
+"""
+
+
+def test_step_of_a_walk():
+    step = model.step(STEP)
+    assert step["repeated"] == {"LDSM.16.M88.4": 1, "HMMA.16816.F32": 2, "BRA": 1}
+    ops = model.turns(step, "HMMA", 8)
+    assert model.pipes(ops) == {
+        "tensor": 8, "mufu": 1, "fma": 0, "alu": 0, "tiles": 6, "words": 0, "global": 0, "other": 9
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="7 were to be expected"):
+        model.turns(step, "HMMA", 7)
+    excluding = model.step(STEP.replace("@P2 BRA P3, `(.L_d)", "FSEL R11, R11, -INF , P4"))
+    assert model.pipes(excluding["once"])["alu"] == 3
+    assert model.step(STEP.replace("LDGDEPBAR", "NOP")) is None
 
 
 def test_nothing_is_worse_than_committed(census):
