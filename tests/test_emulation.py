@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++, CUDA headers (nvidia-cuda-runtime, nvidia-cuda-crt) and pybind11",
 )
 
-RIGHT = ("shuffles", "votes", "indices", "exchange", "copies", "copies_of_nothing", "matrices", "products_half", "products_bfloat",
-         "reads_unwritten", "approximations")  # fmt: skip
+RIGHT = ("shuffles", "votes", "indices", "exchange", "copies", "copies_of_nothing", "matrices", "tile",
+         "tile_not_swizzled", "products_half", "products_bfloat", "reads_unwritten", "approximations")  # fmt: skip
 WRONG = ("no_barrier_before", "no_barrier_after", "no_syncwarp", "no_wait", "no_barrier_after_copy", "matrices_too_early")  # fmt: skip
 # What the emulation says of each, whatever the order.
 SAID = {
@@ -50,7 +50,7 @@ SAID = {
 }
 
 
-def program(folder, *flags, engine_flags=()):
+def program(folder, *flags, engine_flags=(), link_flags=None):
     """The program of tests/cases.cpp."""
     objects = []
     for source, more in (("tests/cases.cpp", flags), ("engine.cpp", engine_flags or flags)):
@@ -58,7 +58,10 @@ def program(folder, *flags, engine_flags=()):
         objects.append(folder / f"{source.stem}.o")
         command = [*build.emulated_compiler(source), "-Wno-unknown-pragmas", *more, "-c", source]
         subprocess.run([*command, "-o", objects[-1]], check=True)
-    subprocess.run([build.CXX, *objects, *flags, "-lpthread", "-ldl", "-o", folder / "cases"], check=True)
+    link_flags = flags if link_flags is None else link_flags
+    subprocess.run(
+        [build.CXX, *objects, *link_flags, "-lpthread", "-ldl", "-o", folder / "cases"], check=True
+    )
     return folder / "cases"
 
 
@@ -116,6 +119,22 @@ def test_a_kernel_that_no_test_ran_is_found():
 
 def test_blocks_may_run_side_by_side(cases):
     assert run(cases, "exchange", OMP_NUM_THREADS="3")[1] == run(cases, "exchange", OMP_NUM_THREADS="1")[1]
+
+
+def test_conflicts_of_banks_are_counted(tmp_path):
+    """Eight lanes take eight pieces of 16 bytes in one pass, or in eight where a tile's rows lie straight below each other."""
+    executable = program(
+        tmp_path, "-fsanitize=thread", "-DFASTATTN_RECORD", engine_flags=("-DFASTATTN_RECORD",), link_flags=()
+    )
+    copies, reads = 16 * 8 // 8, 4 * 4
+    for name, kernel, conflicts in (
+        ("tile", "tile<true>", 0),
+        ("tile_not_swizzled", "tile<false>", 7 * reads),
+    ):
+        assert run(executable, name)[1].splitlines() == [
+            "right",
+            f"{kernel}: {copies + reads} and {conflicts}",
+        ]
 
 
 def test_address_sanitizer(tmp_path):

@@ -117,7 +117,7 @@ struct SharedVariable {
 // One instruction of a warp: by its address and how often its lanes have come there.
 struct Instruction {
     bool write;
-    std::vector<std::pair<uintptr_t, size_t>> accesses;  // address and bytes, one for each lane that takes part
+    std::map<int, std::pair<uintptr_t, size_t>> accesses;  // address and bytes of each lane that takes part
 };
 #endif
 
@@ -151,6 +151,7 @@ struct Block {
 #ifdef FASTATTN_RECORD
     std::map<std::tuple<int, const void*, int>, Instruction> instructions;
     std::map<std::pair<int, const void*>, int> visits;  // of a thread to an instruction
+    bool for_a_warp = false;                            // in what stands for an instruction, which moves between registers
 #endif
 
     uint64_t draw() {
@@ -507,31 +508,31 @@ std::map<const void*, Recorded> recorded;  // by kernel; guarded by mutex
 constexpr size_t kSector = 32, kBanks = 32, kWord = 4;
 
 void record(const void* instruction, bool write, const void* address, size_t bytes) {
-    if (!here) return;
+    if (!here || block->for_a_warp) return;
     const auto at = reinterpret_cast<uintptr_t>(address);
     const auto within = [&](const void* start, size_t size) { return at - reinterpret_cast<uintptr_t>(start) < size; };
     // registers, parameters, indices
-    if (within(self()->stack, kStack) || within(block->arguments, kPage) || within(self(), sizeof(Fiber))) return;
+    if (within(self()->stack, kStack) || within(block->arguments, kPage)) return;
+    if (within(self(), sizeof(Fiber)) || within(&here, sizeof here)) return;
     for (size_t done = 0; done < bytes; done += 16) {
         const int visit = block->visits[{self()->index, instruction}]++;
         Instruction& i = block->instructions[{self()->warp, instruction, visit}];
         i.write = write;
-        i.accesses.push_back({at + done, std::min<size_t>(16, bytes - done)});
+        i.accesses[self()->lane] = {at + done, std::min<size_t>(16, bytes - done)};
     }
 }
 
 void add_up(Recorded& sum, const Block& b) {
     for (const auto& [_, i] : b.instructions) {
-        size_t bytes = 0;
-        for (const auto& [at, size] : i.accesses) bytes += size;
-        if (i.accesses[0].first - reinterpret_cast<uintptr_t>(b.shared) < kArena) {
+        const auto [start, width] = i.accesses.begin()->second;
+        if (start - reinterpret_cast<uintptr_t>(b.shared) < kArena) {
             // as many lanes at a time as together ask for 128 bytes; words of one bank are served one after the other
-            const size_t lanes = 128 / std::max<size_t>(kWord, i.accesses[0].second);
-            for (size_t first = 0; first < i.accesses.size(); first += lanes) {
+            const int lanes = 128 / static_cast<int>(std::max(kWord, width));
+            for (auto lane = i.accesses.begin(); lane != i.accesses.end();) {
                 std::map<size_t, std::set<uintptr_t>> words;  // by bank
-                for (size_t l = first; l < std::min(first + lanes, i.accesses.size()); l++)
-                    for (size_t w = 0; w < i.accesses[l].second; w += kWord) {
-                        const uintptr_t word = (i.accesses[l].first + w) / kWord;
+                for (const int turn = lane->first / lanes; lane != i.accesses.end() && lane->first / lanes == turn; lane++)
+                    for (size_t w = 0; w < lane->second.second; w += kWord) {
+                        const uintptr_t word = (lane->second.first + w) / kWord;
                         words[word % kBanks].insert(word);
                     }
                 size_t most = 0;
@@ -542,12 +543,13 @@ void add_up(Recorded& sum, const Block& b) {
             continue;
         }
         std::set<uintptr_t> sectors, distinct;
-        for (const auto& [at, size] : i.accesses) {
+        for (const auto& [lane, access] : i.accesses) {
+            const auto [at, size] = access;
             distinct.insert(at);
             for (uintptr_t s = at / kSector; s <= (at + size - 1) / kSector; s++) sectors.insert(s);
         }
         sum.sectors += sectors.size();
-        sum.least_sectors += (distinct.size() * i.accesses[0].second + kSector - 1) / kSector;
+        sum.least_sectors += (distinct.size() * width + kSector - 1) / kSector;
         (i.write ? sum.written : sum.read).insert(sectors.begin(), sectors.end());
     }
 }
@@ -723,7 +725,13 @@ void together(const char* name, void* mine, void (*finish)(void* const* of_lanes
     meet(name, 0xffffffffu, place, [finish](Fiber* lanes) {
         void* of_lanes[32];
         for (int i = 0; i < 32; i++) of_lanes[i] = reinterpret_cast<void*>(lanes[i].bits);
+#ifdef FASTATTN_RECORD
+        block->for_a_warp = true;
         finish(of_lanes);
+        block->for_a_warp = false;
+#else
+        finish(of_lanes);
+#endif
     });
 }
 
@@ -768,8 +776,9 @@ void copy_async(void* to, const void* from, size_t read, size_t bytes, Place pla
     const auto at = static_cast<unsigned char*>(to);
     if (at < block->shared || at + bytes > block->shared + kArena || (at - block->shared) % bytes)
         fail(place, "an asynchronous copy of %zu bytes to %p, which is no shared memory aligned to them", bytes, to);
-    if (read) record(__builtin_return_address(0), false, from, read);
-    record(__builtin_return_address(0), true, to, bytes);
+    const auto instruction = static_cast<const char*>(__builtin_return_address(0));
+    if (read) record(instruction, false, from, read);
+    record(instruction + 1, true, to, bytes);  // counted apart: lanes that read nothing write too
     const bool now = block->order == FIFO || (block->order != REVERSE && block->draw() % 2);
     const Copy copy{to, from, read, bytes, self()->copy_group};
     if (now) {

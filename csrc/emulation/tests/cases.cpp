@@ -1,17 +1,16 @@
 // Kernels that do one thing each, right or wrong; tests/test_emulation.py builds and runs them: cases NAME [ORDER SEED].
-// Prints "right", "wrong", or the sentence of a launch that failed.
+// Prints "right", "wrong", or the sentence of a launch that failed; then each kernel with its launches or, in a build with
+// FASTATTN_RECORD, its passes over the banks of shared memory and those that conflicts add.
 
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "../../ptx.cuh"
+#include "../../attention.cuh"
 #include "../engine.h"
 
 namespace {
-
-constexpr uint32_t kAll = 0xffffffffu;
 
 __global__ void shuffles(float* out) {
     const int t = threadIdx.x;
@@ -218,6 +217,31 @@ __global__ void matrices(float* out) {
     }
     out[t] = right;
 }
+
+// A 16 x 64 tile of numbers, copied 16 bytes a lane and read in four products' left operands.
+template <bool kSwizzled>
+__global__ void tile(float* out) {
+    SMEM_DYN(sRaw, 128);
+    auto* sA = reinterpret_cast<uint16_t*>(sRaw);
+    auto* numbers = reinterpret_cast<uint16_t*>(out);
+    const auto at = [](int row, int piece) { return kSwizzled ? swizzled<64>(row, piece) : row * 64 + piece * 8; };
+    const int t = threadIdx.x;
+    for (int i = t; i < 1024; i += 32) numbers[i] = uint16_t(i);
+    __syncwarp();
+    for (int i = t; i < 128; i += 32) ptx::cp_async_16(sA + at(i / 8, i % 8), numbers + 8 * i);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncwarp();
+    bool right = true;
+    for (int kk = 0; kk < 4; kk++) {
+        uint32_t r[4];
+        ptx::ldmatrix_x4(r, sA + at(t % 16, 2 * kk + t / 16));
+        for (int m = 0; m < 4; m++) right &= (r[m] & 0xffff) == (m % 2 * 8 + t / 4) * 64u + (2 * kk + m / 2) * 8 + t % 4 * 2;
+    }
+    __syncwarp();
+    out[t] = right;
+}
+
 __global__ void matrix_of_some(float* out) {
     SMEM_DYN(sRaw, 16);
     auto* sA = reinterpret_cast<uint16_t*>(sRaw);
@@ -292,6 +316,8 @@ const Case cases[] = {
     {"copies_of_nothing", copies_of_nothing, 1, 32, 512, all_ones},
     {"matrices", matrices<true>, 1, 32, 512, all_ones},
     {"matrices_too_early", matrices<false>, 1, 32, 512, all_ones},
+    {"tile", tile<true>, 1, 32, 2048, all_ones},
+    {"tile_not_swizzled", tile<false>, 1, 32, 2048, all_ones},
     {"matrix_of_some", matrix_of_some, 1, 32, 512, all_ones},
     {"matrix_misaligned", matrix_misaligned, 1, 32, 512, all_ones},
     {"products_half", products<__half>, 1, 32, 0, all_ones},
@@ -326,7 +352,12 @@ int main(int argc, char** argv) {
         alignas(16) static float out[1024];
         const int code = KLAUNCH(c.kernel, c.grid, c.block, c.smem, nullptr, out);
         puts(code ? emulation::last_error().c_str() : c.right(out) ? "right" : "wrong");
+#ifdef FASTATTN_RECORD
+        for (const auto& [name, t] : emulation::traffic())
+            printf("%s: %ld and %ld\n", name.c_str(), long(t.shared_passes), long(t.shared_conflicts));
+#else
         for (const auto& [name, count] : emulation::launches()) printf("%s: %ld\n", name.c_str(), long(count));
+#endif
         return 0;
     }
     return 2;
