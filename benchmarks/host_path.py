@@ -26,9 +26,14 @@ STUBS = {
         *(torch.empty_like(t) for t in (q, k, v)),
         *q.new_empty(2, 0),
     ),
+    "attention_decode_fwd": lambda q, *_: (
+        torch.empty_like(q),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+    ),
 }
 x, w = torch.randn(4, 64), torch.randn(64)
-q = torch.randn(1, 2, 8, 16)
+q = torch.randn(1, 2, 8, 16).bfloat16()  # which every backend serves
+lens = torch.tensor([5], dtype=torch.int32)
 CALLS = {
     "layer_norm": (F.layer_norm, functional.layer_norm, (x, (64,), w, w.clone())),
     "softmax": (F.softmax, getattr(functional, "softmax", None), (x, -1)),
@@ -37,6 +42,16 @@ CALLS = {
         functional.scaled_dot_product_attention,
         (q, q.clone(), q.clone()),
     ),
+    "attention": (
+        F.scaled_dot_product_attention,
+        functional.attention,
+        (q, q.clone(), q.clone()),
+    ),
+    "attention_decode": (
+        lambda q, k, v, lens: F.scaled_dot_product_attention(q, k, v),
+        functional.attention_decode,
+        (q[:, :, :1].clone(), q.clone(), q.clone(), lens),
+    ),
 }
 COLUMNS = ("no grad", "forward", "forward + backward")
 
@@ -44,13 +59,15 @@ COLUMNS = ("no grad", "forward", "forward + backward")
 def host_paths(seconds=0.5):
     """[{backend, op, of, torch: µs, fastattn: µs, ratio}] for each backend, op and way of calling it."""
     rows, threads = [], torch.get_num_threads()
+    # lengths, whose values are looked at where they lie on the CPU
+    unread = unittest.mock.patch.object(backend, "readable", lambda t: False)
     torch.set_num_threads(1)  # torch's own ops would wake a pool of them for these few numbers
     for name, stubbed in (("cuda", launches_left_out), ("triton", _stub_launchers)):
         for op, (stock, ours, inputs) in CALLS.items():
-            with stubbed() as possible, backend.use_backend(name):
+            with stubbed() as possible, unread, backend.use_backend(name):
                 if not (possible and _serves(ours, inputs)):
                     continue
-                for of in COLUMNS:
+                for of in COLUMNS[:1] if op == "attention_decode" else COLUMNS:
                     times = cpu_times(
                         {"torch": _way(stock, inputs, of), "fastattn": _way(ours, inputs, of)}, seconds
                     )

@@ -116,13 +116,15 @@ def leave_to_torch(op, reason, x):
     choose(op, dict.fromkeys(("cuda", "triton"), lambda *_: reason), x, on_a_cpu=reason)
 
 
-def certain(name, op, x):
+def certain(name, op, x, N=None):
     """Whether a call with x runs on backend `name` if that can serve it, and eagerly, with no mode or autocast on that changes its meaning.
 
-    For the quick ways of ops that small calls wait for; False means nothing. x's last dim is the row length N.
+    For the quick ways of ops that small calls wait for; False means nothing. N is the row length, x's last dim by default.
     """
     if _forced is None:
-        if not x.is_cuda or not x.dim() or _preferred(op, x.dtype, x.numel(), x.shape[-1])[0] != name:
+        if not x.is_cuda or not x.dim():
+            return False
+        if _preferred(op, x.dtype, x.numel(), x.shape[-1] if N is None else N)[0] != name:
             return False
         if unproven(op, name, x.device) is not None:
             return False

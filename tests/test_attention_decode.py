@@ -15,6 +15,7 @@ from fastattn.cuda import attention_decode as cuda_kernels
 from fastattn.functional import attention_decode
 from fastattn.kernels import attention_decode as kernels
 from fastattn.kernels import attention_host
+from fastattn.ops import attention_decode as ops_attention_decode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LENS = (0, 131, 395)  # nothing cached, one key past a tile, several tiles and a ragged one
@@ -194,6 +195,48 @@ def test_append_writes_the_new_rows_and_nothing_else(page_size, name, device):
         attention_decode(q, k, v, lens, **given)
     assert torch.equal(k, expected_k) and torch.equal(v, expected_v) and torch.equal(lens, before)
     assert k._version > versions[0] and v._version > versions[1]
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_short_way_of_usual_calls_gives_the_same_bits(page_size, device, monkeypatch):
+    """The same append too, and a note of it; lengths whose values can be looked at take the way of any call, which looks."""
+    present("cuda")
+    (q, k, v, lens), options = inputs(device, torch.bfloat16, page_size=page_size)
+    monkeypatch.setattr(backend, "readable", lambda t: False)
+    served, usually = [], ops_attention_decode._decode_usually
+    monkeypatch.setattr(
+        ops_attention_decode, "_decode_usually", lambda *a: served.append(usually(*a)) or served[-1]
+    )
+
+    def results():
+        caches = k.clone(), v.clone()
+        before = [t._version for t in caches]
+        with backend.use_backend("cuda"):
+            found = attention_decode(q, *caches, lens, return_lse=True, **options)
+        assert [t._version for t in caches] == [n + 1 for n in before]
+        return [*found, *caches]
+
+    short = results()
+    assert served[0] is not None
+    monkeypatch.setattr(ops_attention_decode, "_decode_usually", lambda *a: None)
+    for a, b in zip(short, results(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_short_way_leaves_the_rest_alone(device, monkeypatch):
+    present("cuda")
+    (q, k, v, lens), _ = inputs(device, torch.bfloat16, D=64, S_new=0)
+    nothing = (None, None, None, None)
+    with backend.use_backend("cuda"):
+        if device == "cpu":
+            assert ops_attention_decode._decode_usually(q, k, v, lens, *nothing) is None
+        monkeypatch.setattr(backend, "readable", lambda t: False)
+        assert ops_attention_decode._decode_usually(q, k, v, lens, *nothing) is not None
+        strided = k.transpose(2, 3).contiguous().transpose(2, 3)
+        for other in ((q.float(), k.float(), v.float(), lens), (q[0], k, v, lens), (q, strided, v, lens), (q, k, v[0], lens),
+                      (q, k, v, lens.float()), (q, k, v, lens[:1]), (q[..., :8], k, v, lens), (q[:, :3], k, v, lens)):  # fmt: skip
+            assert ops_attention_decode._decode_usually(*other, *nothing) is None
+        assert ops_attention_decode._decode_usually(q.clone().requires_grad_(), k, v, lens, *nothing) is None
 
 
 @pytest.mark.parametrize("page_size", [0, 16, 128])

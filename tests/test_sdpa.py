@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import present
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.common_methods_invocations import op_db
@@ -13,6 +14,7 @@ import fastattn
 from fastattn import backend, reference
 from fastattn.check import check
 from fastattn.functional import attention, attention_varlen, scaled_dot_product_attention
+from fastattn.ops import attention as ops_attention
 
 SDPA = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
 
@@ -217,3 +219,65 @@ def test_any_shape_and_strides(sizes, order, step, causal, window):
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
     for pair in zip(grads, torch.autograd.grad(wanted.sum(), inputs), strict=True):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+
+
+def _views(device, case):
+    """q, k, v of a call, strided as a packed projection leaves them, and its options."""
+    B, H, H_kv, S_q, S_k, D, D_v, options = case
+    q = torch.randn(B, S_q, 3, H, D, device=device).bfloat16()[:, :, 1].transpose(1, 2)
+    k, v = (torch.randn(B, S_k, H_kv, width, device=device).bfloat16().transpose(1, 2) for width in (D, D_v))
+    return [t.requires_grad_() for t in (q, k, v)], options
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(2, 2, 2, 9, 9, 16, 16, {}), (1, 2, 2, 7, 40, 8, 24, dict(is_causal=True)),
+     (1, 4, 2, 5, 5, 64, 64, dict(enable_gqa=True, scale=-0.3))],
+    ids=str,
+)  # fmt: skip
+def test_short_way_of_usual_calls_gives_the_same_bits(case, device, monkeypatch):
+    """And the same gradients, twice differentiated too; what it cannot serve goes on to the way of any call."""
+    present("cuda")
+    inputs, options = _views(device, case)
+    do = torch.randn(*inputs[0].shape[:3], case[6], device=device).bfloat16()
+    served = []
+    usually = ops_attention._attend_usually
+    monkeypatch.setattr(ops_attention, "_attend_usually", lambda *a: served.append(usually(*a)) or served[-1])
+
+    def results():
+        with backend.use_backend("cuda"):
+            with torch.no_grad():
+                alone = scaled_dot_product_attention(*inputs, **options)
+            o = scaled_dot_product_attention(*inputs, **options)
+            first = torch.autograd.grad(o, inputs, do, retain_graph=True)
+            again = torch.autograd.grad(o, inputs, do, create_graph=True)
+            second = torch.autograd.grad(sum(t.float().square().sum() for t in again), inputs)
+        return [alone, o, *first, *second]
+
+    short = results()
+    assert all(o is not None for o in served)
+    monkeypatch.setattr(ops_attention, "_attend_usually", lambda *a: None)
+    for a, b in zip(short, results(), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_short_way_leaves_the_rest_alone(device, monkeypatch):
+    present("cuda")
+    q, k, v = (torch.randn(1, 2, 6, 24, device=device).bfloat16() for _ in range(3))
+    unaligned = torch.randn(1, 2, 6, 26, device=device).bfloat16()[..., 1:25]
+    with backend.use_backend("cuda"):
+        assert ops_attention._attend_usually(q, k, v, False, None) is not None
+        for other in ((unaligned, k, v), (q, k.transpose(2, 3).contiguous().transpose(2, 3), v), (q, k, v[:, :1]),
+                      (q.float(), k.float(), v.float()), (q[0], k[0], v[0]), (q, k[..., :8], v), (q, k, v.half()),
+                      (q[:, :0], k, v), (q[..., :0], k[..., :0], v), (q, k, v[..., :0])):  # fmt: skip
+            assert ops_attention._attend_usually(*other, False, None) is None
+        assert ops_attention._attend_usually(q, k, v, "bottom_right", None) is None
+        assert (
+            ops_attention._attend_usually(q, k[:, :1], v[:, :1], False, None, False) is None
+        )  # without enable_gqa
+        expected = F.scaled_dot_product_attention(unaligned.float(), k.float(), v.float())
+        torch.testing.assert_close(attention(unaligned, k, v).float(), expected, atol=2e-2, rtol=2e-2)
+        with pytest.raises(ValueError, match="v has 5 positions, k has 6"):
+            attention(q, k, v[:, :, :5])
+    with backend.use_backend("torch"):
+        assert ops_attention._attend_usually(q, k, v, False, None) is None

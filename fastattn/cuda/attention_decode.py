@@ -32,13 +32,44 @@ def attention_decode_fwd(
     window_left, window_right, softcap, scale, num_splits, allow_tf32,
 ):  # fmt: skip
     """(o (B, H, S_q, D_v), a view of (B, S_q, H, D_v); lse (B, H, S_q) fp32), after the append of k_new and v_new."""
-    B, H, S_q, D = q.shape
-    D_v = v_cache.shape[3]
-    o = q.new_empty(B, S_q, H, D_v).transpose(1, 2)
-    lse = q.new_empty(B, H, S_q, dtype=torch.float32)
     q, k_new, v_new = (t if t is None else readable(t) for t in (q, k_new, v_new))
     alibi_slopes = alibi_slopes if alibi_slopes is None else alibi_slopes.float()
     sinks = sinks if sinks is None else sinks.contiguous()  # a number a head
+    return _launch(
+        cuda.module(q), q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks, window_left, softcap, scale,
+        num_splits,
+    )  # fmt: skip
+
+
+def attention_decode_usual(_C, q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, scale):
+    """attention_decode_fwd of a call without rules beside its lengths; None where the launch refuses it.
+
+    What attention_decode_why_not and attention_decode_fwd ask of such tensors C asks once more, in a fraction of the time.
+    """
+    if (
+        q.dim() != 4
+        or k_cache.dim() != 4
+        or v_cache.dim() != 4
+        or not 0 < max(q.shape[3], v_cache.shape[3]) <= 256
+    ):
+        return None
+    if any(t is not None and t.is_neg() for t in (q, k_cache, v_cache, k_new, v_new)):
+        return None
+    try:
+        return _launch(
+            _C, q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, None, None, -1, 0.0, scale, 0
+        )
+    except (TypeError, ValueError):
+        return None
+
+
+def _launch(
+    _C, q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks, window_left, softcap, scale, num_splits
+):  # fmt: skip
+    B, H, S_q, D = q.shape
+    D_v = v_cache.shape[3]
+    o = torch.empty(B, S_q, H, D_v, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(B, H, S_q, dtype=torch.float32, device=q.device)
     if not num_splits:
         capacity = k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[1]
         H_kv = k_cache.shape[1 if block_table is None else 2]
@@ -50,7 +81,7 @@ def attention_decode_fwd(
     if num_splits > 1:
         parts = torch.empty(B, H, S_q, num_splits, D_v, dtype=torch.float32, device=q.device)
         statistics = torch.empty(2, B, H, S_q, num_splits, dtype=torch.float32, device=q.device)
-    cuda.module(q).attention_decode(
+    _C.attention_decode(
         q, k_cache, v_cache, o, lse, cache_lens, block_table, k_new, v_new, alibi_slopes, sinks, parts, statistics,
         num_splits, window_left, softcap, scale,
     )  # fmt: skip

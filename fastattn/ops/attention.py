@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from fastattn import backend, reference
-from fastattn.cuda.attention import NO_HEADS, attention_why_not
+from fastattn import backend, cuda, reference
+from fastattn.cuda.attention import NO_HEADS, attention_usual, attention_why_not
 
 OP = "attention"
 # bound at import, since fastattn.enable() puts ours there
 stock_attention, stock_softmax = F.scaled_dot_product_attention, torch.softmax
+HALF = (torch.float16, torch.bfloat16)
 CAUSAL = {False: 0, True: 1, "top_left": 1, "bottom_right": 2}
 
 
@@ -37,6 +38,10 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, window=None, softc
     2307.08691 (the tiling), 2108.12409 (ALiBi), 2309.17453 (sinks), 2305.13245 (grouped heads).
     """
     _check_context()
+    if bias is mask is window is alibi_slopes is sinks is q_lens is kv_lens is None:
+        if not (softcap or dropout_p or return_lse or return_weights):
+            if (o := _attend_usually(q, k, v, causal, scale)) is not None:
+                return o
     q, k, v, bias, mask = _autocast(q, k, v, bias, mask)
     _check_dense(q, k, v, q_lens, kv_lens)
     B, H, S_q, S_k = *q.shape[:3], k.shape[2]
@@ -108,6 +113,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         t.dim() > 2 and t.shape[-3] == 0 for t in (key, value)
     ):  # torch divides by that number
         raise ValueError("scaled_dot_product_attention: enable_gqa with a key or value of no heads")
+    if attn_mask is None and not dropout_p:
+        if (o := _attend_usually(query, key, value, is_causal, scale, enable_gqa)) is not None:
+            return o
     if backend.in_parts(query) and not dropout_p:
         found = _sdpa_on_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if found is not NotImplemented:
@@ -372,6 +380,28 @@ def _options(q, lengths, causal, window, softcap, dropout_p, scale):
     return (*lengths, CAUSAL[causal], left, right, float(softcap), float(dropout_p), scale, tf32)
 
 
+def _attend_usually(q, k, v, causal, scale, grouped=True):
+    """o of a call without rules but causality, in a fraction of the time of the steps that any call takes; None means nothing."""
+    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is torch.Tensor:
+        return None
+    if q.dtype not in HALF or k.dim() != 4 or (causal is not False and causal is not True):
+        return None
+    if not backend.certain("cuda", OP, q, k.shape[2]) or not (_C := cuda.ready(q)):
+        return None
+    if not grouped and q.shape[1:2] != k.shape[1:2]:
+        return None
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else float(scale)
+    if backend.needs_grad(q, k, v):
+        # where backward's launch would copy or refuse, the usual Function does it
+        o = _UsualAttention.apply(q, k, v, causal, scale, _C)
+    else:
+        o = attention_usual(_C, q, k, v, causal, scale)
+        o = o if o is None else o[0]
+    if o is not None:
+        backend.calls[OP, "cuda"] += 1
+    return o
+
+
 def _attend(q, k, v, extras, options, return_lse, return_weights):
     chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, return_weights, N=options[1])
     # The gradient of weights is taken by autograd within a backward, which Dynamo does not trace.
@@ -437,6 +467,32 @@ class _Attention(torch.autograd.Function):
             g if ctx.needs_input_grad[i] else None for g, i in zip(grads, (0, 1, 2, 3, 6), strict=True)
         )
         return dq, dk, dv, dbias, None, None, dsinks, *nothing
+
+
+class _UsualAttention(torch.autograd.function._SingleLevelFunction):
+    """_Attention of _attend_usually. Its base class is Function without what serves torch.func, which `certain` has ruled out."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, scale, _C):
+        found = attention_usual(_C, q, k, v, causal, scale)
+        if found is None:
+            return None
+        ctx.save_for_backward(q, k, v, *found)
+        ctx.options = (q.shape[2], k.shape[2], int(causal), -1, -1, 0.0, 0.0, scale, False)
+        return found[0]
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        nothing = (None,) * 9
+        if backend.wants_double_backward():
+            inputs = (q, k, v, *nothing, ctx.options)
+            return *backend.composite_backward(_composite, inputs, (do, None, None))[:3], None, None, None
+        grads = backend.run(
+            "attention_bwd", "cuda", OP, do, None, q, k, v, o, lse, *nothing, *ctx.options, False, False
+        )
+        needed = ctx.needs_input_grad[:3]
+        return *(g if wanted else None for g, wanted in zip(grads[:3], needed, strict=True)), None, None, None
 
 
 def _spread(q, k, bias, mask):
