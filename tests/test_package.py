@@ -125,7 +125,7 @@ def test_wheel_from_sdist(checkout, fresh, tmp_path):
         )
         python("-c", describe, cwd=tmp_path, executable=fresh)
         (extension,) = pathlib.Path(pypi).rglob("_C.*.so")
-        assert extension.stat().st_size < 20 * 2**20  # 6 MiB an architecture, 31 where code is not compressed
+        assert extension.stat().st_size < 20 * 2**20  # one architecture has 31 uncompressed
         if shutil.which("readelf"):
             needed = subprocess.run(
                 ["readelf", "-d", extension], capture_output=True, text=True, check=True
