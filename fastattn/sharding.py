@@ -72,7 +72,7 @@ def _lies(i, named, letters):
     """Along which of `letters` the first tensor is that is split over mesh dim i along one."""
     for t, name in named:
         p = t.placements[i]
-        if type(p) is Shard and name[p.dim] in letters and t.shape[p.dim] > 1:
+        if isinstance(p, Shard) and name[p.dim] in letters and t.shape[p.dim] > 1:
             return name[p.dim]
     return None
 

@@ -428,6 +428,33 @@ def placed(call, inputs, where, name, dtype=torch.float32):
 
 
 @case()
+def rules_in_a_compiled_graph():
+    """Dynamo sees through the rules: one graph, whose kernels are ops on local tensors, of DTensors from outside and inside."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    on = mesh()
+
+    def call(x, w, q, k):
+        x = DTensor.from_local(
+            x.to_local(), on, (Shard(1),), run_check=False, shape=x.shape, stride=x.stride()
+        )
+        return functional.layer_norm(x, (8,), w, w), functional.attention(q, k, k, causal=True)
+
+    shapes, places = (X, ROW, Q, KV), (Shard(1), Replicate(), Shard(2), Shard(2))
+    runs = []
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        parts = [drawn(*shape, seed=i) for i, shape in enumerate(shapes)]
+        parts = [distribute_tensor(t, on, [p]).requires_grad_() for t, p in zip(parts, places, strict=True)]
+        with backend.use_backend("triton"):
+            y, o = run(*parts)
+            (y.square().sum() + o.square().sum()).backward()
+        assert (y.placements, o.placements) == ((Shard(1),), (Shard(2),))
+        runs.append([t.full_tensor() for t in (y, o, *(p.grad for p in parts))])
+    for eager, compiled in zip(*runs, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@case()
 def a_dtensor_without_a_rule():
     """It stays with torch's own op and sharding rule; a forced backend says why it does not run."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
