@@ -302,6 +302,28 @@ def fsdp2(name):
     close({n: p.grad for n, p in model.named_parameters()}, wanted)
 
 
+@case()
+def fsdp2_in_mixed_precision():
+    """Norms meet 16-bit weights, and leave gradients that are summed in 32: to their rounding those of the whole model."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    import fastattn.interpreter  # noqa: F401  bfloat16 in Triton's interpreter
+
+    model, x, wanted = block_and_batch()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in (*model, model):
+        fully_shard(block, mesh=mesh(), mp_policy=policy)
+    met = set()
+    model[0].norm1.register_forward_pre_hook(lambda norm, given: met.add((norm.weight.dtype, given[0].dtype)))
+    before = backend.calls["layer_norm", "triton"]
+    with backend.use_backend("triton"):
+        model(x.chunk(W)[dist.get_rank()]).float().square().mean().backward()
+    assert met == {(torch.bfloat16,) * 2} and backend.calls["layer_norm", "triton"] == before + 4
+    for name, p in model.named_parameters():
+        got, want = p.grad.full_tensor(), wanted[name]
+        torch.testing.assert_close(got, want, rtol=0, atol=0.05 * want.abs().max().item() + 1e-4, msg=name)
+
+
 def tensor_parallel_plan(sequence):
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor import parallel as tp
