@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -502,6 +503,46 @@ def test_patch_lists_a_model_that_cannot_be_switched():
     report = fastattn.patch(model)
     assert report.attention == [] and model.config._attn_implementation != "fastattn"
     assert any("cannot be switched" in reason for name, _, reason in report.skipped if name == "")
+
+
+def deaf(kind):
+    """A model whose attention asks nobody, set to "fastattn"."""
+    sizes = dict(vocab_size=V, hidden_size=8)
+    bert = dict(sizes, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    cls, config = {
+        "bloom": (transformers.BloomForCausalLM, transformers.BloomConfig(**sizes, n_layer=1, n_head=2)),
+        "mpnet": (transformers.MPNetModel, transformers.MPNetConfig(**bert)),
+        "deberta": (transformers.DebertaV2Model, transformers.DebertaV2Config(**bert)),
+    }[kind]
+    return cls._from_config(config, attn_implementation="fastattn")
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpnet", "deberta"])
+def test_a_model_that_takes_the_name_and_stays_as_it_was_is_told_apart(kind):
+    ours._warn_if_unasked.cache_clear()
+    model = deaf(kind)
+    if model.config._attn_implementation != "fastattn":
+        pytest.skip("this transformers does not take the name")
+    assert not ours.uses_fastattn(model) and ours.uses_fastattn(pair("bert")[0])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(ids(), attention_mask=PADDING["right"])
+    said = [str(w.message) for w in said if "does not look that up" in str(w.message)]
+    assert len(said) == (kind != "deberta")  # which makes its masks by itself too
+    report = fastattn.patch(model)
+    assert report.attention == [] and any("cannot be switched" in reason for _, _, reason in report.skipped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_model_that_asks_is_warned_of(kind):
+    ours._warn_if_unasked.cache_clear()
+    mine, eager = pair(kind)
+    assert ours.uses_fastattn(mine) and ours.uses_fastattn(torch.nn.Sequential(mine))
+    assert not ours.uses_fastattn(eager) and not ours.uses_fastattn(torch.nn.Linear(1, 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastattn:")
+        mine(ids(), attention_mask=PADDING["right"])
 
 
 def python(script):

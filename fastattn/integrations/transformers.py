@@ -10,6 +10,7 @@ Letters: B batch, H heads, H_kv key heads, S_q queries, S_k keys, D head dim.
 import copy
 import functools
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,8 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
         where = dict(q_length=q_length, q_offset=q_offset)
     kwargs.update(batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, local_size=local_size)
     kwargs.update(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip)
+    if "config" in kwargs:
+        _warn_if_unasked(type(kwargs["config"]))
     if "config" in kwargs and not _flags_causality(type(kwargs["config"])):
         return eager_mask(mask_function=mask_function, **where, **kwargs)
     whole = local_size is None and kv_offset == 0 and not torch.compiler.is_exporting()
@@ -137,18 +140,36 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
     return sdpa_mask(mask_function=mask_function, **where, **kwargs)
 
 
-@functools.cache
-def _look_up(config_class):
+def _classes_beside(config_class):
+    """The classes in the modules where models of a config are written."""
     name = config_class.__module__
     modules = {name, name.replace(".configuration_", ".modeling_")} & sys.modules.keys()
+    return [c for m in modules for c in list(vars(sys.modules[m]).values()) if isinstance(c, type)]
+
+
+@functools.cache
+def _look_up(config_class):
     return any(
-        isinstance(cls, type)
-        and issubclass(cls, PreTrainedModel)
+        issubclass(cls, PreTrainedModel)
         and cls.config_class is config_class
         and (cls._supports_sdpa or cls._supports_flash_attn)
-        for module in modules
-        for cls in list(vars(sys.modules[module]).values())
+        for cls in _classes_beside(config_class)
     )
+
+
+@functools.cache
+def _warn_if_unasked(config_class):
+    """Once for a kind of model that makes its masks by the table, as set here, and its attention without it."""
+    classes = _classes_beside(config_class)
+    attentions = [c for c in classes if "Attention" in c.__name__ and issubclass(c, torch.nn.Module)]
+    if attentions and not any(map(_asks_the_table, attentions)):
+        warnings.warn(
+            f'fastattn: a model of {config_class.__name__} is set to "fastattn", but its attention does not look that up and stays its own',
+            stacklevel=2,
+        )
+
+
+_warn_if_unasked._dynamo_marked_constant = True  # as below
 
 
 def _flags_causality(config_class):
@@ -214,11 +235,11 @@ def attach(model, report):
         if not isinstance(inner, PreTrainedModel) or any(f"{name}.".startswith(outer) for outer in switched):
             continue
         before = inner.config._attn_implementation
-        if before == NAME:
-            continue
-        if not (inner._can_set_attn_implementation() and any(map(_asks_the_table, inner.modules()))):
+        if not _asks(inner):
             reason = "its attention does not go through transformers' AttentionInterface, so that it cannot be switched"
             report.skipped.append((name, type(inner), reason))
+            continue
+        if before == NAME:
             continue
         switched.append(f"{name}." if name else "")
         copies = {}
@@ -230,9 +251,23 @@ def attach(model, report):
         report.attention.append((name, before, inner.config._attn_implementation))
 
 
-def _asks_the_table(module):
-    """Whether a module was written where transformers' attention implementations are looked up; some versions only guess."""
-    return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
+def uses_fastattn(model):
+    """Whether the attention of a transformers model, or of one inside this model, is computed here.
+
+    It must be set to "fastattn" and must look up what it is set to. Some models (DeBERTa, Bloom, MPNet) take the name in
+    from_pretrained and stay what they were; transformers says nothing.
+    """
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return any(m.config._attn_implementation == NAME and _asks(m) for m in models)
+
+
+def _asks(model):
+    return model._can_set_attn_implementation() and any(_asks_the_table(type(m)) for m in model.modules())
+
+
+def _asks_the_table(cls):
+    """Whether a class was written where transformers' attention implementations are looked up; some versions only guess."""
+    return hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 def patch_at_load():
