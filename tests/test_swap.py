@@ -275,6 +275,31 @@ def test_a_near_miss_is_left_and_listed(make, reason):
         fastattn.patch(alone, strict=True)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.ao")
+@pytest.mark.parametrize("first", ["quantised", "patched"])
+def test_linears_of_dynamic_quantisation_are_called(first):
+    """They sit inside layers of torch's own classes, which are swapped around them."""
+    layer, x = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True), torch.randn(2, 5, E)
+
+    def quantised(model):
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8).train()
+
+    with torch.no_grad():
+        stock = quantised(nn.Sequential(layer))
+        y = stock(x)  # in training mode: torch's inference path cannot read these weights
+        model = nn.Sequential(copy.deepcopy(layer))
+        if first == "patched":
+            fastattn.patch(model)
+        model = quantised(model)
+        if first == "quantised":
+            fastattn.patch(model)
+        assert type(model[0]) is fastattn.nn.TransformerEncoderLayer
+        assert type(model[0].linear1) is torch.ao.nn.quantized.dynamic.Linear
+        torch.testing.assert_close(model(x), y)
+        fastattn.unpatch(model)
+        assert torch.equal(model(x), y)
+
+
 def test_a_sharded_leaf_is_left_and_listed(tmp_path):
     """fully_shard gives the module it wraps a class of its own; what lies inside it keeps its class, and can be swapped."""
     import torch.distributed as dist

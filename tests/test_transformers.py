@@ -317,6 +317,16 @@ def test_what_is_not_served_is_refused_by_name():
         call(attention_mask=torch.ones(2, 6, 6, dtype=torch.bool))
 
 
+def test_continuous_batching_is_refused():
+    """transformers has a closed list for it; where one lacks that, the cache that its attention is handed is refused."""
+    model = pair("llama")[0]
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("this transformers asks first when its threads run")
+    options = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
+    with pytest.raises(ValueError, match="fastattn is not supported for continuous batching"):
+        model.generate_batch(inputs=[[3, 4, 5], [6, 7]], generation_config=options)
+
+
 def test_position_bias_is_added():
     bias = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     tril = torch.ones(6, 6, dtype=torch.bool).tril()
