@@ -913,6 +913,69 @@ def test_a_patched_model_generates_checkpoints_and_compiles(kind):
     assert_close(results(model, keep, **inputs), results(eager.train(), keep, **inputs))
 
 
+COPIES = {
+    "roberta": (transformers.RobertaForMaskedLM, transformers.RobertaConfig, 6),
+    "electra": (transformers.ElectraForMaskedLM, transformers.ElectraConfig, 6),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_models_copied_from_bert_are_fused_too(kind, monkeypatch):
+    cls, config, swapped = COPIES[kind]
+    monkeypatch.setitem(
+        KINDS, kind, (cls, config(**dict(BERT, max_position_embeddings=64, hidden_dropout_prob=0.3)))
+    )
+    model, eager = (m.eval() for m in pair(kind))
+    report, before = fastattn.patch(model), backend.calls.copy()
+    assert sum("Layer" not in before.__name__ for _, before, _ in report.swapped) == swapped
+    inputs, keep = dict(input_ids=ids(), attention_mask=PADDING["left"]), PADDING["left"].bool()
+    want = results(eager, keep, **inputs)
+    assert_close(results(model, keep, **inputs), want)
+    made = backend.calls - before
+    assert (made["add_layer_norm", "torch"], made["bias_gelu", "torch"]) == (4, 2)
+    found = []
+    for m in (model, eager):
+        torch.manual_seed(9)
+        found.append(m.train()(**inputs).logits[keep])
+        m.eval()
+    assert_close({"logits": found[0]}, {"logits": found[1]})  # the elements that transformers drops
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_close({"logits": other(**inputs).logits[keep]}, {"logits": want["logits"]})
+    layers = getattr(model, model.base_model_prefix).encoder.layer
+    layers[0].intermediate.dense = LoRA(layers[0].intermediate.dense, 32, 48)
+    assert model(**inputs).logits.isfinite().all()
+    fastattn.unpatch(model)
+    assert not any(type(m).__module__.startswith("fastattn") for m in model.modules())
+
+
+def test_what_was_changed_in_a_copy_of_bert_is_left():
+    original = transformers.models.bert.modeling_bert.BertOutput
+
+    def copied(self, hidden_states, input_tensor):
+        hidden_states = self.dense(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.LayerNorm(hidden_states + input_tensor)
+        return hidden_states
+
+    def changed(self, hidden_states, input_tensor):
+        hidden_states = self.dense(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.LayerNorm(hidden_states - input_tensor)
+        return hidden_states
+
+    def of_more(self, hidden_states, *input_tensor):
+        hidden_states = self.dense(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.LayerNorm(hidden_states + input_tensor)
+        return hidden_states
+
+    members = {"__module__": "transformers.models.alike"}
+    same, *others = (
+        type("AlikeOutput", (original,), members | {"forward": f}) for f in (copied, changed, of_more)
+    )
+    assert list(gpt2_bert.copies([*others, same, original, torch.nn.Linear])) == [same]
+
+
 def test_embeddings_by_other_ways_in():
     model, eager = pair("bert")
     fastattn.patch(model)

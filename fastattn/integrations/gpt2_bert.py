@@ -180,12 +180,12 @@ class GPT2Model(gpt2.GPT2Model):
 
 
 class BertIntermediate(bert.BertIntermediate):
-    """BertIntermediate as a matmul and one bias_gelu. Left to transformers: other activations, a wrapped layer."""
+    """BertIntermediate as a matmul and one bias_gelu. Other activations and a wrapped layer are called."""
 
     def forward(self, hidden_states):
         act = self.intermediate_act_fn
         if not _fusable(self.dense, nn.Linear, act):
-            return super().forward(hidden_states)
+            return act(self.dense(hidden_states))
         x = nn.functional.linear(hidden_states, self.dense.weight)
         return functional.bias_gelu(x, self.dense.bias, GELUS[type(act)])
 
@@ -291,5 +291,29 @@ for _ours, _names in _STEPS.items():
         TARGETS[_ours.__base__] = _ours
     else:
         UNKNOWN[_ours.__base__] = "this transformers computes it by other steps than those fused here"
+# Functions that compute what these do, for any class of transformers that was copied from them (RobertaOutput, ElectraOutput ...).
+COPIED = {
+    bert.BertIntermediate: BertIntermediate.forward,
+    bert.BertSelfOutput: _Output.forward,
+    bert.BertOutput: _Output.forward,
+}
+
+
+def copies(classes):
+    """{class: forward} of those whose forward is BERT's, instruction by instruction and name by name."""
+    return {
+        cls: forward
+        for cls in classes
+        if cls.__module__.startswith("transformers.") and cls not in TARGETS
+        for original, forward in COPIED.items()
+        if _code(cls) == _code(original)
+    }
+
+
+def _code(cls):
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return code and (code.co_code, code.co_names, code.co_consts, code.co_argcount, code.co_flags & 12)
+
+
 # transformers finds what a model can return by the name of its class, which only an __init__ would enter.
 _CAN_RECORD_REGISTRY.update({str(GPT2Model): GPT2Model._can_record_outputs})

@@ -211,14 +211,15 @@ def _sequence_of(t, cu_seq_lens):
 
 
 def targets(model):
-    """{class of transformers: our subclass of it, or a forward for one}, for patch; of GPT-2, BERT, and the norms in the model."""
-    found = {cls: norms.formula(cls) for cls in set(map(type, model.modules()))}
-    found = {cls: forward for cls, forward in found.items() if forward is not None}
-    if any(f"transformers.models.{name}.modeling_{name}" in sys.modules for name in ("gpt2", "bert")):
-        from fastattn.integrations import gpt2_bert  # which imports both models
+    """{class of transformers: our subclass of it, or a forward for one}, for patch."""
+    kinds = {kind for kind in map(type, model.modules()) if kind.__module__.startswith(norms.PACKAGES)}
+    if not kinds:
+        return {}
+    from fastattn.integrations import gpt2_bert  # which imports both models
 
-        found |= gpt2_bert.TARGETS
-    return found
+    formulas = {cls: norms.formula(cls) for cls in kinds}
+    found = {cls: forward for cls, forward in formulas.items() if forward is not None}
+    return found | gpt2_bert.copies(kinds) | gpt2_bert.TARGETS
 
 
 def attach(model, report):
