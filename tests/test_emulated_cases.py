@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from emulated_cases import ORDERS, Expectation, cases, wrong
+from emulated_cases import ORDERS, Expectation, cases, some, wrong
 
 from fastattn import cuda
 
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(cuda.not_emulated() is not None, reason=str(cuda
 def test_every_order_gives_the_same_bits(function, dtype, seed):
     orders = [ORDERS[name] for name in ("fifo", "reverse", f"random{seed}", f"pct{seed}")]
     said = []
-    for case in cases((function,)):
+    for case, of_case in some((function,), 6, getattr(torch, dtype)):
         if "33000" not in case.label:
-            said.append(wrong(Expectation(case, getattr(torch, dtype)), orders))
+            said.append(wrong(Expectation(case, of_case), orders))
             assert said[-1] in (None, "refused"), case.label
     if set(said) == {"refused"}:
         pytest.skip(f"{function} is not written in CUDA C++")
@@ -33,7 +33,7 @@ def test_every_order_gives_the_same_bits(function, dtype, seed):
 def test_another_bit_in_another_order_is_found(monkeypatch):
     expected, orders = Expectation(cases(("softmax",))[0], torch.float32), list(ORDERS.values())[:3]
     results = [expected.exact, expected.exact, [t + 1 for t in expected.exact]]
-    monkeypatch.setattr(expected, "ours", lambda: results.pop(0))
+    monkeypatch.setattr(expected, "ours", lambda backward: results.pop(0))
     assert wrong(expected, orders) == f"order {orders[2]} computes something else"
     results += [[t * 1.01 for t in expected.exact]]
     assert "is above" in wrong(expected, orders)
@@ -80,12 +80,14 @@ def sanitized(folder, flags, libraries, *arguments, **env):
 def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     """Tensors are no larger than they seem: reading past one is an error, and so are a shift or an address of no meaning."""
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    code, text = sanitized(tmp_path, flags, ("libasan", "libubsan"), ASAN_OPTIONS="detect_leaks=0")
+    code, text = sanitized(
+        tmp_path, flags, ("libasan", "libubsan"), "--every", "3", ASAN_OPTIONS="detect_leaks=0"
+    )
     assert code == 0 and "cases right" in text, text[-4000:]
 
 
 def test_thread_sanitizer(tmp_path):
     """Threads of a block that touch the same shared memory, one of them writing, have a barrier in between."""
-    arguments = ("--dtype", "bfloat16", "--orders", "reverse")
+    arguments = ("--dtype", "bfloat16", "--orders", "reverse", "--every", "5")
     code, text = sanitized(tmp_path, "-fsanitize=thread", ("libtsan", "libubsan"), *arguments)
     assert code == 0 and "cases right" in text and "data race" not in text, text[-4000:]
