@@ -50,9 +50,8 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, window=None, softc
     extras = (bias, mask, alibi_slopes, sinks, q_lens, kv_lens, None, None)
     _check_extras(q, B, H, *extras[:6])
     options = _options(q, (S_q, S_k), causal, window, softcap, dropout_p, scale)
-    if (
-        backend.in_parts(q) and not dropout_p
-    ):  # a mask goes by the head's place in the whole, which a part does not know
+    # dropout goes by the head's place in the whole, which a part does not know
+    if backend.in_parts(q) and not dropout_p:
 
         def call(q, k, v, bias, mask, alibi_slopes, sinks, q_lens, kv_lens):
             return attention(
@@ -109,9 +108,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     float (added, may require grad). What the kernels cannot serve goes to torch's own function, errors included.
     """
     _check_context()
-    if enable_gqa and any(
-        t.dim() > 2 and t.shape[-3] == 0 for t in (key, value)
-    ):  # torch divides by that number
+    # torch divides by that number
+    if enable_gqa and any(t.dim() > 2 and t.shape[-3] == 0 for t in (key, value)):
         raise ValueError("scaled_dot_product_attention: enable_gqa with a key or value of no heads")
     if attn_mask is None and not dropout_p:
         if (o := _attend_usually(query, key, value, is_causal, scale, enable_gqa)) is not None:
