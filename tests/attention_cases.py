@@ -299,6 +299,10 @@ def decoding():
     yield decoded("more queries than new keys", S_q=4, S_new=1, lens=(0, 2, 290), num_splits=3)
     yield decoded("window", S_q=3, window=(140, 0), lens=(290, 100, 4), num_splits=2)
     yield decoded("window", S_q=3, window=(140, 0), lens=(290, 100, 4), num_splits=1)
+    for left in (127, 128):  # the first key is a tile's first, or the one before
+        yield decoded(f"window {left}", window=(left, 0), S=256, lens=(255,), num_splits=1)
+    unlike = torch.tensor([0.1, 30.0]).repeat_interleave(8)[:, None, None]
+    yield decoded("rows unlike each other", H=16, H_kv=1, std=unlike, lens=(290,), num_splits=1)
     yield decoded("window of one key", S_q=2, window=(0, None), num_splits=1, lens=(250, 0))
     yield decoded("softcap", S_q=2, std=8.0, softcap=5.0, num_splits=3)
     yield decoded("ALiBi, sinks", S_q=2, alibi_slopes=torch.rand(4), sinks=torch.randn(4), num_splits=3)
