@@ -284,6 +284,8 @@ def rows_apart(cache):
 def decoding():
     yield decoded("one query", num_splits=1)
     yield decoded("no append", S_new=0, lens=(300, 131), num_splits=2)
+    yield decoded("nothing cached", S_new=0, lens=(0, 131), num_splits=1)
+    yield decoded("nothing cached", S_new=0, lens=(0, 131), num_splits=2)
     yield decoded("long", H=1, H_kv=1, S=900, lens=(850,), num_splits=1)
     yield decoded("long, shared", H=1, H_kv=1, S=900, lens=(850,), num_splits=2)
     yield decoded("to the end", S_q=2, lens=(298, 127), num_splits=1)

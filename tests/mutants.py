@@ -45,10 +45,8 @@ RULE, ORDER, ERROR, ADDRESS, RACE = 1, 2, 3, 4, 5  # exit statuses of the proces
 ORDERED = ("sync", "exit", "equal", "share", "index")  # kinds that may let two threads meet
 SANITIZERS = ("address sanitizer", "race sanitizer")  # as reasons
 SANITIZED = 24  # calls of one mutant, evenly chosen, that a sanitizer is shown beside the widest
-FIRST, OTHERS = (
-    12,
-    12,
-)  # calls that one of attention is shown: so many that promise most, and of the others evenly chosen
+# Calls that one of attention is shown: so many that promise most, and of the others evenly chosen.
+FIRST = OTHERS = 12
 SECONDS = {"plain": 2, "address": 20, "race": 40}  # of one call's processor time
 STATUS = {
     0: "not caught",
