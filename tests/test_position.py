@@ -480,6 +480,7 @@ def test_empty_tensors(shape, device):
     y = add_positional_encoding(x, table, dropout_p=0.1)
     dx, dtable = torch.autograd.grad(y.sum(), (x, table))
     assert y.shape == dx.shape == shape and dtable.shape == table.shape and not dtable.any()
+    assert add_positional_encoding(x).shape == shape
     input_ids = torch.zeros(shape[:2], dtype=torch.int64, device=device)
     arguments = tables(shape[-1], torch.float32, device)
     y = with_ids(embeddings, input_ids)(*arguments)

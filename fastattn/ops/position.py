@@ -206,7 +206,7 @@ def _dropout_mask(seed, shape, dropout_p, chosen):
 def _sinusoidal(positions, C):
     # In float64: an fp32 angle of a million radians has lost its last 0.06.
     pair = torch.arange((C + 1) // 2, dtype=torch.float64, device=positions.device)
-    angle = positions[..., None] * torch.exp(pair * (-2 * math.log(10000.0) / C))
+    angle = positions[..., None] * torch.exp(pair * (-2 * math.log(10000.0) / max(C, 1)))
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., :C]
 
 
