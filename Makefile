@@ -31,7 +31,7 @@ test: emulated $(SECOND_TRITON)
 	elif $(call found,xdist); then $(PYTEST) -n 2 $(ARGS); \
 	else echo "$(PY) has no pytest-xdist: one process"; $(PYTEST) $(ARGS); fi
 
-# Every spoilt line of the CUDA row kernels and of attention's forward, of which make test takes a sample: an hour.
+# Every spoilt line of the CUDA kernels, of which make test takes a sample: about an hour.
 mutants: emulated
 	OMP_NUM_THREADS=1 $(PY) tests/mutants.py --jobs 2 $(ARGS)
 

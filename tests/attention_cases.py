@@ -88,6 +88,10 @@ def plain():
     # bands that leave out one pair of a tile, or have one
     for window in ((None, 62), (62, None), (65, None)):
         yield attended(f"window {window}", S_q=192, S_k=192, window=window, return_lse=False)
+    yield attended("whole tiles of several heads", B=2, H=2, S_q=128, S_k=128, return_lse=False)
+    # a block's first query sees one key before its tile, or its last one sees one behind it
+    for window in ((1, 0), (None, 1)):
+        yield attended(f"window {window}", S_q=192, S_k=192, window=window, return_lse=False)
     yield attended("one key less than tiles", S_q=128, S_k=127)
     yield attended("window past the end", S_q=128, S_k=100, window=(None, 200))
     yield attended("one query less than tiles", S_q=127, S_k=128)
@@ -155,6 +159,11 @@ def rich():
     for kept in ((1, 1, 1, 1), (0, 1, 1, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
         yield biased(2, 2, 150, 140, 16, kept, window=(30, 5), **lens)
     yield biased(2, 1, 40, 100, 16, (1, 1, 1, 1), kv_lens=lengths(64, 96))
+    yield biased(2, 1, 130, 97, 16, (1, 1, 1, 1), causal=True)
+    yield biased(2, 2, 128, 128, 16, (0, 1, 1, 1))
+    yield biased(2, 2, 130, 97, 16, (0, 1, 1, 1), window=(1, 0))
+    for kept in ((0, 1, 1, 1), (1, 0, 0, 1)):  # one key less than tiles
+        yield biased(2, 2, 70, 130, 16, kept, kv_lens=lengths(127, 63))
     infinite = torch.zeros(1, 1, 70, 100, dtype=torch.float16)
     infinite[..., 30:, 10:50], infinite[..., :30, 20:60], infinite[..., 65, :] = (
         -65504.0,
@@ -284,6 +293,8 @@ def rows_apart(cache):
 def decoding():
     yield decoded("one query", num_splits=1)
     yield decoded("no append", S_new=0, lens=(300, 131), num_splits=2)
+    yield decoded("rows fill a tile", H=8, S_q=4, num_splits=2)
+    yield decoded("window 0", S_q=3, window=(0, 0), num_splits=1)
     yield decoded("nothing cached", S_new=0, lens=(0, 131), num_splits=1)
     yield decoded("nothing cached", S_new=0, lens=(0, 131), num_splits=2)
     yield decoded("long", H=1, H_kv=1, S=900, lens=(850,), num_splits=1)

@@ -7,7 +7,7 @@ of tests/emulated_cases.py that come by it. It is caught where one is wrong, cra
 threads may meet; or else where the address or the thread sanitizer complains, in builds of their own. What the plain build
 does not catch must stand in tests/data/mutant_survivors.json, with the reason or as a sanitizer's; --write puts it there,
 without a reason. --sample N takes every N-th, of attention, which has most, every 3 N-th; FILE, such as attention_decode.cu,
-those of one source. One of attention is shown two dozen of its calls, those first that caught most others.
+those of one source. The calls that caught most others come first.
 """
 
 import argparse
@@ -39,14 +39,11 @@ ATTENTION = (
     "attention_backward.cu",
     "attention_decode.cu",
 )
-# Attention's backward and decoding are spoilt where they are named: not all that survives there has a reason yet.
-SPOILT = ("rt.cuh", "philox.cuh", "softmax.cu", "layer_norm.cu", "position.cu", *ATTENTION[:3])
+SPOILT = ("rt.cuh", "philox.cuh", "softmax.cu", "layer_norm.cu", "position.cu", *ATTENTION)
 RULE, ORDER, ERROR, ADDRESS, RACE = 1, 2, 3, 4, 5  # exit statuses of the process that runs a mutant
 ORDERED = ("sync", "exit", "equal", "share", "index")  # kinds that may let two threads meet
 SANITIZERS = ("address sanitizer", "race sanitizer")  # as reasons
 SANITIZED = 24  # calls of one mutant, evenly chosen, that a sanitizer is shown beside the widest
-# Calls that one of attention is shown: so many that promise most, and of the others evenly chosen.
-FIRST = OTHERS = 12
 SECONDS = {"plain": 2, "address": 20, "race": 40}  # of one call's processor time
 STATUS = {
     0: "not caught",
@@ -395,7 +392,6 @@ def run(extension, tier, jobs, files, ordered, reached):
         calls += [tests.Expectation(case, torch.float16) for case in cases]
         calls += [tests.Expectation(case, torch.bfloat16) for case in cases[::6]]
     several = several if tier == "plain" else set()
-    of_attention = {n for name in ATTENTION for n in files.get(name, ())}
     caught = multiprocessing.RawArray(
         "i", len(calls)
     )  # how many mutants by each, the best of which come first
@@ -427,12 +423,7 @@ def run(extension, tier, jobs, files, ordered, reached):
     def calls_of(n):
         mine = reached.get(str(n), [])
         if tier == "plain":
-            mine = sorted(mine, key=lambda i: seconds[str(i)] / (1 + caught[i]))
-            return (
-                mine[:FIRST] + mine[FIRST :: 1 + max(len(mine) - FIRST, 0) // OTHERS]
-                if n in of_attention
-                else mine
-            )
+            return sorted(mine, key=lambda i: seconds[str(i)] / (1 + caught[i]))
         wide = [i for i in mine if "33000" in calls[i].case.label]  # the rows that are read in chunks
         return sorted({*mine[:: 1 + len(mine) // SANITIZED], *wide})
 
