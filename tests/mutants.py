@@ -67,44 +67,43 @@ TIERS = {
     ),
 }
 
+
+def compiled(*operators):
+    return [(kind, re.compile(pattern), before, after) for kind, pattern, before, after in operators]
+
+
 # kind, what is looked for, and what is inserted before (or, with (n, text), around) its n-th group; {m} is 1 or 0
-OPERATORS = [
-    (kind, re.compile(pattern), before, after)
-    for kind, pattern, before, after in (
-        (
-            "sync",
-            r"(?:^|[;{)] *|\s)(__sync(?:threads|warp)\(|ptx::cp_async_(?:wait|commit)\b)",
-            "if (!{m}) ",
-            "",
-        ),
-        ("exit", r"\bif \((.+)\) (?:return|continue|break);", "!{m} && (", ")"),
-        ("bound", r" (?:<|>=) ([\w(-][\w.]*)", "{m} + ", ""),
-        ("bound", r" (?:<=|>) ([\w(-][\w.]*)", "-{m} + ", ""),
-        ("equal", r" (?:==|!=) (?!BiasGradient)([\w(-][\w.]*)", "{m} + ", ""),
-        ("stride", r"\* ([\w.]*stride\w*|N|C|M|k[A-Z]\w*)\b", "({m} + ", ")"),
-        ("share", r"[/%] (32|16|k[A-Z]\w*|[\w.]*inner)\b", "(", " >> {m})"),
-        ("step", r"\+= ([\w(][\w.]*)(?=[^;]*\)(?: |$))", "{m} + ", ""),
-        ("shuffle", r"__shfl_\w+\(\w+, [^,()]+(?:\[\w+\])?, (\w+)", "{m} + ", ""),
-        ("index", r"\bs[A-Z]\w*(?:\[[^\]]+\])?\[([^\]]+)\]", "{m} + ", ""),
-    )
-]
+OPERATORS = compiled(
+    (
+        "sync",
+        r"(?:^|[;{)] *|\s)(__sync(?:threads|warp)\(|ptx::cp_async_(?:wait|commit)\b)",
+        "if (!{m}) ",
+        "",
+    ),
+    ("exit", r"\bif \((.+)\) (?:return|continue|break);", "!{m} && (", ")"),
+    ("bound", r" (?:<|>=) ([\w(-][\w.]*)", "{m} + ", ""),
+    ("bound", r" (?:<=|>) ([\w(-][\w.]*)", "-{m} + ", ""),
+    ("equal", r" (?:==|!=) (?!BiasGradient)([\w(-][\w.]*)", "{m} + ", ""),
+    ("stride", r"\* ([\w.]*stride\w*|N|C|M|k[A-Z]\w*)\b", "({m} + ", ")"),
+    ("share", r"[/%] (32|16|k[A-Z]\w*|[\w.]*inner)\b", "(", " >> {m})"),
+    ("step", r"\+= ([\w(][\w.]*)(?=[^;]*\)(?: |$))", "{m} + ", ""),
+    ("shuffle", r"__shfl_\w+\(\w+, [^,()]+(?:\[\w+\])?, (\w+)", "{m} + ", ""),
+    ("index", r"\bs[A-Z]\w*(?:\[[^\]]+\])?\[([^\]]+)\]", "{m} + ", ""),
+)
 # Attention addresses tiles and fragments by small functions and by registers: there every argument that is a number, every
 # index, addend and mask of bits is spoilt too, each condition made false, and each wait told of one copy more under way.
-OF_ATTENTION = [
-    (kind, re.compile(pattern), before, after)
-    for kind, pattern, before, after in (
-        ("wait", r"(ptx::cp_async_wait<(.+?)>)\(\)", "{m} ? ptx::cp_async_wait<1 + {2}>() : ", ""),
-        (
-            "share",
-            r"[/%] (2|4|8|\(kD / [48]\)|[\w.]*(?:group|tiles\w*|splits|planes_h|S_new|S_q|H_kv|\bH|page_size))\b(?! \*)",
-            "(",
-            " >> {m})",
-        ),
-        ("bits", r"(?:[&^]=?|<<|>>) (\d+u?|0x\w+)\b", "(", " >> {m})"),
-        ("addend", r"(?<=[\w)\]]) \+ ([\w(][\w.]*)(?![\w.>])", "{m} + ", ""),
-        ("addend", r"(?<=[\w)\]]) - ([\w(][\w.]*)(?![\w.>])", "{m} - ", ""),
-    )
-]
+OF_ATTENTION = compiled(
+    ("wait", r"(ptx::cp_async_wait<(.+?)>)\(\)", "{m} ? ptx::cp_async_wait<1 + {2}>() : ", ""),
+    (
+        "share",
+        r"[/%] (2|4|8|\(kD / [48]\)|[\w.]*(?:group|tiles\w*|splits|planes_h|S_new|S_q|H_kv|\bH|page_size))\b(?! \*)",
+        "(",
+        " >> {m})",
+    ),
+    ("bits", r"(?:[&^]=?|<<|>>) (\d+u?|0x\w+)\b", "(", " >> {m})"),
+    ("addend", r"(?<=[\w)\]]) \+ ([\w(][\w.]*)(?![\w.>])", "{m} + ", ""),
+    ("addend", r"(?<=[\w)\]]) - ([\w(][\w.]*)(?![\w.>])", "{m} - ", ""),
+)
 # their arguments that are numbers, by place
 NUMBERS = {
     "swizzled": (0, 1), "onwards": (0, 1, 2), "copy_rows": (2, 3, 4, 5), "copy_row": (1, 4), "store_rows": (3, 4, 5, 6),

@@ -38,14 +38,18 @@ FUNCTIONS = {
 PRODUCTS = ("products_half", "products_bfloat")
 
 
-def emulated_program(folder):
+def emulated_program(folder, source=SOURCE, *flags, engine_flags=(), link_flags=None):
+    """A program of csrc/emulation/tests with the engine."""
     objects = []
-    for source in (SOURCE, ROOT / "csrc/emulation/engine.cpp"):
-        objects.append(folder / f"{source.stem}.o")
-        command = [*build.emulated_compiler(source), "-Wno-unknown-pragmas", "-c", source, "-o", objects[-1]]
-        subprocess.run(command, check=True)
-    subprocess.run([build.CXX, *objects, "-lpthread", "-ldl", "-o", folder / "emulated"], check=True)
-    return folder / "emulated"
+    for part, more in ((source, flags), (ROOT / "csrc/emulation/engine.cpp", engine_flags or flags)):
+        objects.append(folder / f"{part.stem}.o")
+        command = [*build.emulated_compiler(part), "-Wno-unknown-pragmas", *more, "-c", part]
+        subprocess.run([*command, "-o", objects[-1]], check=True)
+    link_flags = flags if link_flags is None else link_flags
+    subprocess.run(
+        [build.CXX, *objects, *link_flags, "-lpthread", "-ldl", "-o", folder / source.stem], check=True
+    )
+    return folder / source.stem
 
 
 def gpu_program(folder, arch):

@@ -1,21 +1,16 @@
 """The emulation of CUDA blocks and threads (csrc/emulation): what it computes, and what it finds wrong, in every order."""
 
-import importlib.util
 import os
-import pathlib
 import re
 import shutil
 import subprocess
 
 import emulated_launches
 import pytest
+from primitives import ROOT, build, emulated_program
 
-ROOT = pathlib.Path(__file__).parents[1]
 ORDERS = {"fifo": 0, "reverse": 1, "random": 2, "pct": 3}
 
-spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which(build.CXX) and build.find_headers() and build.find_pybind11()),
@@ -50,19 +45,8 @@ SAID = {
 }
 
 
-def program(folder, *flags, engine_flags=(), link_flags=None):
-    """The program of tests/cases.cpp."""
-    objects = []
-    for source, more in (("tests/cases.cpp", flags), ("engine.cpp", engine_flags or flags)):
-        source = ROOT / "csrc/emulation" / source
-        objects.append(folder / f"{source.stem}.o")
-        command = [*build.emulated_compiler(source), "-Wno-unknown-pragmas", *more, "-c", source]
-        subprocess.run([*command, "-o", objects[-1]], check=True)
-    link_flags = flags if link_flags is None else link_flags
-    subprocess.run(
-        [build.CXX, *objects, *link_flags, "-lpthread", "-ldl", "-o", folder / "cases"], check=True
-    )
-    return folder / "cases"
+def program(folder, *flags, **more):
+    return emulated_program(folder, ROOT / "csrc/emulation/tests/cases.cpp", *flags, **more)
 
 
 def run(executable, *arguments, **env):

@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from conftest import DEVICE
-from test_transformers import DECODER, KINDS, PADDING, V, assert_close, ids, pair, results
+from test_transformers import DECODER, KINDS, PADDING, assert_close, ids, pair, results, t5_config
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -219,10 +219,7 @@ def test_swapped_norms_compile_and_recompute():
 
 
 def test_t5_with_its_norms_swapped():
-    config = transformers.T5Config(
-        vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+    config = t5_config()
     torch.manual_seed(0)
     model = transformers.T5ForConditionalGeneration(config).eval()
     inputs = dict(input_ids=ids(), attention_mask=PADDING["left"], labels=ids(length=5))

@@ -362,11 +362,15 @@ def test_a_window_without_a_mask():
     )
 
 
-def test_t5_has_a_position_bias():
-    config = transformers.T5Config(
+def t5_config():
+    return transformers.T5Config(
         vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
+
+
+def test_t5_has_a_position_bias():
+    config = t5_config()
     torch.manual_seed(0)
     eager = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager")
     mine = copy.deepcopy(eager)

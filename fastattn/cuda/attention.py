@@ -12,6 +12,7 @@ from fastattn.kernels.attention_host import (
     sinks_gradient_of,
 )
 
+HALF = (torch.float16, torch.bfloat16)
 PATTERNS = (None, "plane", "loop", "cols", "rows")  # BiasGradient of csrc/launchers.h
 NO_HEADS = "q has no heads and k has some, whose gradients no block would write"
 
@@ -31,7 +32,7 @@ def attention_why_not(q, k, v, extras, return_weights):
 
 def operands_why_not(q, v, name):
     """What products of q (..., D) with keys and of probabilities with v (..., D_v), called `name`, need."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    if q.dtype not in HALF:
         return f"dtype {q.dtype} is not float16 or bfloat16, which the tensor cores multiply"
     D, D_v = q.shape[-1], v.shape[-1]
     if max(D, D_v) > 256 or D % 8 or D_v % 8 or not D or not D_v:

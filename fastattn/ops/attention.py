@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backend, cuda, reference
-from fastattn.cuda.attention import NO_HEADS, attention_usual, attention_why_not
+from fastattn.cuda.attention import HALF, NO_HEADS, attention_usual, attention_why_not
 
 OP = "attention"
 # bound at import, since fastattn.enable() puts ours there
 stock_attention, stock_softmax = F.scaled_dot_product_attention, torch.softmax
-HALF = (torch.float16, torch.bfloat16)
 CAUSAL = {False: 0, True: 1, "top_left": 1, "bottom_right": 2}
 
 

@@ -6,8 +6,9 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backend, cuda
+from fastattn.cuda.attention import HALF
 from fastattn.cuda.attention_decode import attention_decode_usual, attention_decode_why_not
-from fastattn.ops.attention import HALF, _check_extras, _check_integers, _options, _torch_attention
+from fastattn.ops.attention import _check_extras, _check_integers, _options, _torch_attention
 
 OP = "attention_decode"
 MAX_SPLITS = 256
