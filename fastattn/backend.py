@@ -121,6 +121,8 @@ def certain(name, op, x, N=None):
 
     For the quick ways of ops that small calls wait for; False means nothing. N is the row length, x's last dim by default.
     """
+    if _is_compiling():  # before anything that a graph would be guarded by
+        return False
     if _forced is None:
         if not x.is_cuda or not x.dim():
             return False
@@ -132,7 +134,6 @@ def certain(name, op, x, N=None):
         return False
     return not (
         _explaining
-        or _is_compiling()
         or _dispatch_modes()
         or _autocasting()
         or _profiling()

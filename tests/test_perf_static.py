@@ -269,30 +269,33 @@ def test_host_time_of_a_call(name, monkeypatch, record_property):
             assert ours < limit * torchs, f"{way}: {ours / torchs:.1f} times torch's own, more than {limit}"
 
 
-def test_host_time_of_attention(monkeypatch, record_property):
-    """As above, over F.layer_norm: seen on a busy machine 3.5 for a call without a gradient, 4 for SDPA's and 5 for decoding.
-
-    The way of calls that have rules takes 13.
+def test_host_time_of_usual_calls(monkeypatch, record_property):
+    """As above, without a gradient and over F.layer_norm, seen on a busy machine: 1.5 for softmax, 3 for the norm of a sum,
+    3.5 for attention, 4 for SDPA's and 5 for decoding. The ways of any call take 3.7, 6.5 and, with rules, 13.
     """
     q, x, w = torch.randn(1, 2, 8, 16).bfloat16(), torch.randn(2, 8), torch.ones(8)
     lens = torch.tensor([5], dtype=torch.int32)
     ways = {
-        "attention": lambda: functional.attention(q, q, q),
-        "scaled_dot_product_attention": lambda: functional.scaled_dot_product_attention(q, q, q),
-        "attention_decode": lambda: functional.attention_decode(q[:, :, :1], q, q, lens),
+        "softmax": (lambda: functional.softmax(x, -1), 2.5),
+        "add_layer_norm": (lambda: functional.add_layer_norm(x, x, (8,), w, w, prenorm=True), 4.5),
+        "attention": (lambda: functional.attention(q, q, q), 8),
+        "scaled_dot_product_attention": (lambda: functional.scaled_dot_product_attention(q, q, q), 8),
+        "attention_decode": (lambda: functional.attention_decode(q[:, :, :1], q, q, lens), 8),
     }
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(backend, "readable", lambda t: False)  # as on a GPU
     with host_path.launches_left_out() as possible, backend.use_backend("cuda"):
         if not possible:
             pytest.skip("needs the emulated build")
-        for way, call in ways.items():
+        for way, (call, limit) in ways.items():
             best = {}
             for f in (call, lambda: F.layer_norm(x, (8,), w, w)) * 20:
                 seconds = timeit.timeit(f, number=60, timer=time.thread_time)
                 best[f is call] = min(best.get(f is call, math.inf), seconds)
             record_property(way, round(best[True] / best[False], 2))
-            assert best[True] < 8 * best[False], f"{way}: {best[True] / best[False]:.1f} times F.layer_norm"
+            assert best[True] < limit * best[False], (
+                f"{way}: {best[True] / best[False]:.1f} times F.layer_norm"
+            )
 
 
 def test_attention_enters_the_extension_once_a_direction(monkeypatch):

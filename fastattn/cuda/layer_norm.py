@@ -70,6 +70,18 @@ def layer_norm_usual(_C, x, normalized_shape, weight, bias):
     return _C.layer_norm_usual(x, normalized_shape, weight, bias)
 
 
+def residual_usual(residual, x):
+    """Whether a residual is like the x of a usual call, or of float32 beside it."""
+    return (
+        type(residual) is torch.Tensor
+        and residual.dtype in (x.dtype, torch.float32)
+        and residual.shape == x.shape
+        and residual.is_contiguous()
+        and not residual.is_neg()
+        and residual.device == x.device
+    )
+
+
 def layer_norm_infer(_C, x, weight, bias, eps, rms):
     """y alone, of a usual call."""
     y = torch.empty_like(x)

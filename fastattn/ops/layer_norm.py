@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import backend, cuda, reference
-from fastattn.cuda.layer_norm import layer_norm_infer, layer_norm_train, layer_norm_usual, layer_norm_why_not
+from fastattn.cuda.layer_norm import (
+    add_layer_norm_fwd,
+    layer_norm_infer,
+    layer_norm_train,
+    layer_norm_usual,
+    layer_norm_why_not,
+    residual_usual,
+)
 
 OP = "layer_norm"
 # bound at import, since fastattn.enable() puts ours there
@@ -87,6 +94,22 @@ def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
 
 def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p, prenorm, out_dtype):
     name = f"add_{norm}"
+    if (
+        out_dtype is None
+        and 0.0 <= dropout_p <= 1.0
+        and backend.certain("cuda", name, x)
+        and (_C := cuda.ready(x))
+    ):
+        if layer_norm_usual(_C, x, normalized_shape, weight, bias) and residual_usual(residual, x):
+            backend.calls[name, "cuda"] += 1
+            rms, eps = norm == "rms_norm", _default_eps(norm, eps, x)
+            seed = backend.draw_seed(x) if dropout_p else None
+            args = (x, residual, weight, bias, seed, eps, float(dropout_p), rms)
+            if backend.needs_grad(x, residual, weight, bias):
+                y, r = _UsualAddNorm.apply(*args, x.dtype, "cuda")
+            else:
+                y, r, _ = add_layer_norm_fwd(*args, prenorm, False, x.dtype)
+            return (y, r) if prenorm else y
     normalized_shape = _checked(name, x, normalized_shape, weight, bias, out_dtype)
     if residual.shape != x.shape or residual.device != x.device:
         raise ValueError(
@@ -244,6 +267,12 @@ class _AddNorm(torch.autograd.Function):
         return *(
             g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)
         ), *nothing
+
+
+class _UsualAddNorm(torch.autograd.function._SingleLevelFunction):
+    """_AddNorm of the usual call, as _UsualNorm."""
+
+    forward, backward = _AddNorm.forward, _AddNorm.backward
 
 
 def _composite(eps, rms, dtype):
