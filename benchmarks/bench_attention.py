@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fastattn import backend, functional, reference
+from fastattn.benchmarks import model
 from fastattn.benchmarks.suite import Case, Work, compiled, package, sdpa_backends
 
 TOKENS, WIDTH = 16384, 2048
@@ -77,9 +78,22 @@ def attention(B, H, S, D, dtype, causal=False, extra=None):
         reference=specification,
         forward=Work(read=3 * one + side, write=one, flops=flops),
         backward=Work(read=5 * one + side, write=3 * one + side, flops=flops * 5 // 2),
+        elements=B * H * S * D,
+        N=S,
+        predicted=predicted(D, dtype, extra),
         part=None if whole else lambda t: t[:1, :1],  # a bias has B = 1, so its gradient has no other share
         random=extra == "dropout",
     )
+
+
+def predicted(D, dtype, extra):
+    """What the unit model says of the Triton tile, which it knows for 16-bit inputs on Hopper."""
+    if dtype.itemsize > 2 or not backend.triton_found():
+        return {}
+    from fastattn.kernels.attention import TILES
+
+    tile = next(row for limit, row in TILES["fwd", "rich" if extra else "plain"] if D <= limit)
+    return {"fastattn triton": model.forward_step(tile["BLOCK_M"], tile["BLOCK_N"], D).bound()[1]}
 
 
 def _peers(S, causal, extra):

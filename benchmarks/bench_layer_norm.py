@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import functional, reference
+from fastattn.benchmarks import cudnn_norms
 from fastattn.benchmarks.suite import Case, Work, compiled, package
 
 GPU_WIDTHS = (128, 768, 1024, 4096, 8192, 32768, 65536, 262144)
@@ -25,9 +26,17 @@ def cases(device, quick):
         yield layer_norm(M, N, dtype)
         yield rms_norm(M, N, dtype)
         yield add_layer_norm(M, N, dtype)
+        if device.type == "cuda":
+            yield add_rms_norm(M, N, dtype)
 
 
-def rows(M, N, dtype, wide, narrow):
+def rows(M, N, dtype):
+    """The cases of the sweep at one shape."""
+    for op in (layer_norm, rms_norm, add_layer_norm, add_rms_norm):
+        yield op(M, N, dtype)
+
+
+def tensors(M, N, dtype, wide, narrow):
     """make(device): `wide` tensors (M, N), then `narrow` ones (N,), all wanting gradients."""
 
     def make(device):
@@ -41,18 +50,22 @@ def layer_norm(M, N, dtype):
     def over_rows(function):
         return lambda x, weight, bias: function(x, (N,), weight, bias)
 
-    liger = package("liger_kernel.transformers.functional")
+    liger, quack = package("liger_kernel.transformers.functional"), package("quack.rmsnorm")
     size, x = dtype.itemsize, M * N
     return Case(
         op="layer_norm",
         shape=f"M {M}, N {N}",
         dtype=dtype,
-        make=rows(M, N, dtype, 1, 2),
+        elements=x,
+        N=N,
+        make=tensors(M, N, dtype, 1, 2),
         providers={
             "eager": over_rows(F.layer_norm),
             "fastattn": over_rows(functional.layer_norm),
             "compile": compiled(over_rows(F.layer_norm)),
             "liger": liger and functools.partial(liger.liger_layer_norm, eps=1e-5),
+            "quack": quack and functools.partial(quack_layer_norm, quack),
+            "cudnn": cudnn_norms.layer_norm if package("cudnn") else None,
         },
         reference=over_rows(reference.layer_norm),
         forward=Work(read=(x + 2 * N) * size, write=x * size),
@@ -70,13 +83,16 @@ def rms_norm(M, N, dtype):
         op="rms_norm",
         shape=f"M {M}, N {N}",
         dtype=dtype,
-        make=rows(M, N, dtype, 1, 1),
+        elements=x,
+        N=N,
+        make=tensors(M, N, dtype, 1, 1),
         providers={
             "eager": over_rows(F.rms_norm),
             "fastattn": over_rows(functional.rms_norm),
             "compile": compiled(over_rows(F.rms_norm)),
             "liger": liger and functools.partial(liger.liger_rms_norm, eps=1e-6),
             "quack": quack and functools.partial(quack.rmsnorm, eps=1e-6),
+            "cudnn": cudnn_norms.rms_norm if package("cudnn") else None,
         },
         reference=over_rows(reference.rms_norm),
         forward=Work(read=(x + N) * size, write=x * size),
@@ -96,7 +112,9 @@ def add_layer_norm(M, N, dtype):
         op="add_layer_norm",
         shape=f"M {M}, N {N}",
         dtype=dtype,
-        make=rows(M, N, dtype, 2, 2),
+        elements=x,
+        N=N,
+        make=tensors(M, N, dtype, 2, 2),
         providers={
             "eager": eager,
             "fastattn": lambda x, r, w, b: functional.add_layer_norm(x, r, (N,), w, b, prenorm=True),
@@ -106,3 +124,51 @@ def add_layer_norm(M, N, dtype):
         forward=Work(read=(2 * x + 2 * N) * size, write=2 * x * size),
         backward=Work(read=(3 * x + N) * size, write=(x + 2 * N) * size),
     )
+
+
+def add_rms_norm(M, N, dtype):
+    """As add_layer_norm, of the RMS."""
+
+    def eager(x, residual, weight):
+        r = residual + x
+        return F.rms_norm(r, (N,), weight, 1e-6), r
+
+    liger, quack = package("liger_kernel.transformers.functional"), package("quack")
+    size, x = dtype.itemsize, M * N
+    return Case(
+        op="add_rms_norm",
+        shape=f"M {M}, N {N}",
+        dtype=dtype,
+        elements=x,
+        N=N,
+        make=tensors(M, N, dtype, 2, 1),
+        providers={
+            "eager": eager,
+            "fastattn": lambda x, r, w: functional.add_rms_norm(x, r, (N,), w, 1e-6, prenorm=True),
+            "compile": compiled(eager),
+            "liger": liger and functools.partial(liger.liger_fused_add_rms_norm, eps=1e-6),
+            "quack": quack and (lambda x, r, w: quack.rmsnorm(x, w, residual=r, eps=1e-6, prenorm=True)),
+        },
+        reference=lambda x, r, w: reference.add_rms_norm(x, r, (N,), w, 1e-6),
+        forward=Work(read=(2 * x + N) * size, write=2 * x * size),
+        backward=Work(read=(3 * x + N) * size, write=(x + N) * size),
+    )
+
+
+def quack_layer_norm(quack, x, weight, bias):
+    """quack has the two passes, with weights in fp32, and leaves autograd to its callers."""
+
+    class LayerNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            y, rstd, mean = quack.layernorm_fwd(x, weight.float(), bias.float(), 1e-5, True, True)
+            ctx.save_for_backward(x, weight, rstd, mean)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight, rstd, mean = ctx.saved_tensors
+            dx, dw, db = quack.layernorm_bwd(x, weight.float(), dy, rstd, mean)
+            return dx, dw.to(weight.dtype), db.to(weight.dtype)
+
+    return LayerNorm.apply(x, weight, bias)

@@ -27,21 +27,33 @@ def cases(device, quick):
         yield bert_embeddings(*shape, dtype)
 
 
+def rows(M, N, dtype):
+    """The cases of the sweep at one shape; embeddings at the widths that models have."""
+    S = math.gcd(M, 512)
+    yield sinusoidal(M // S, S, N, dtype)
+    yield learned(M // S, S, N, dtype)
+    if 64 <= N <= 4096:
+        yield gpt2_embeddings(M // S, S, N, dtype)
+        yield bert_embeddings(M // S, S, N, dtype)
+
+
 def row(op, B, S, C, dtype, **case):
     providers = {"eager": case.pop("eager"), "fastattn": case.pop("ours")}
     providers["compile"] = compiled(providers["eager"])
-    return Case(op=op, shape=f"B {B}, S {S}, C {C}", dtype=dtype, providers=providers, **case)
+    return Case(
+        op=op, shape=f"B {B}, S {S}, C {C}", dtype=dtype, providers=providers, elements=B * S * C, N=C, **case
+    )
 
 
 def sinusoidal(B, S, C, dtype):
     """The baseline reads a table made beforehand, as models do; ours computes it."""
-    frequency = torch.exp(torch.arange(0, C, 2) * (-math.log(10000.0) / C))
-    angle = torch.arange(S)[:, None] * frequency
     tables = {}
 
     def eager(x):
         if x.device not in tables:
-            tables[x.device] = torch.stack((angle.sin(), angle.cos()), -1).flatten(1).to(x)
+            frequency = torch.exp(torch.arange(0, C, 2) * (-math.log(10000.0) / C))
+            angle = torch.arange(S)[:, None] * frequency
+            tables[x.device] = torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :C].to(x)
         return x + tables[x.device]
 
     size = B * S * C * dtype.itemsize

@@ -27,6 +27,13 @@ def cases(device, quick):
         yield causal(B, H, S, dtype)
 
 
+def rows(M, N, dtype):
+    """The cases of the sweep at one shape."""
+    yield softmax(M, N, dtype)
+    yield softmax(M, N, dtype, log=True)
+    yield masked(M, N, dtype)
+
+
 def softmax(M, N, dtype, log=False):
     name = "log_softmax" if log else "softmax"
     over_rows = lambda function: functools.partial(function, dim=-1)  # noqa: E731
@@ -40,6 +47,8 @@ def softmax(M, N, dtype, log=False):
         op=name,
         shape=f"M {M}, N {N}",
         dtype=dtype,
+        elements=M * N,
+        N=N,
         make=lambda device: (torch.randn(M, N, device=device, dtype=dtype, requires_grad=True),),
         providers={"eager": stock, "fastattn": over_rows(getattr(functional, name)), **peers},
         reference=over_rows(getattr(reference, name)),
@@ -61,6 +70,8 @@ def causal(B, H, S, dtype):
         op="scaled_masked_softmax",
         shape=f"B {B}, H {H}, S {S}, causal",
         dtype=dtype,
+        elements=B * H * S * S,
+        N=S,
         make=lambda device: (torch.randn(B, H, S, S, device=device, dtype=dtype, requires_grad=True),),
         providers={
             "eager": eager,
@@ -68,6 +79,36 @@ def causal(B, H, S, dtype):
             "compile": compiled(eager),
         },
         reference=lambda scores: reference.scaled_masked_softmax(scores, scale=scale, causal=True),
+        forward=Work(read=attended, write=whole),
+        backward=Work(read=2 * attended, write=whole),
+    )
+
+
+def masked(M, N, dtype):
+    """Scores of which a boolean mask, one for all rows, hides the last quarter."""
+    scale = 0.125
+
+    def make(device):
+        attend = torch.arange(N, device=device) < max(1, N - N // 4)
+        return torch.randn(M, N, device=device, dtype=dtype, requires_grad=True), attend
+
+    def eager(scores, attend):
+        return F.softmax((scores * scale).masked_fill(~attend, float("-inf")), -1)
+
+    attended, whole = M * max(1, N - N // 4) * dtype.itemsize, M * N * dtype.itemsize
+    return Case(
+        op="scaled_masked_softmax",
+        shape=f"M {M}, N {N}, mask",
+        dtype=dtype,
+        elements=M * N,
+        N=N,
+        make=make,
+        providers={
+            "eager": eager,
+            "fastattn": lambda scores, attend: functional.scaled_masked_softmax(scores, attend, scale=scale),
+            "compile": compiled(eager),
+        },
+        reference=lambda scores, attend: reference.scaled_masked_softmax(scores, attend, scale=scale),
         forward=Work(read=attended, write=whole),
         backward=Work(read=2 * attended, write=whole),
     )

@@ -10,8 +10,8 @@ from fastattn.benchmarks import timing
 
 COLUMNS = (
     "op", "shape", "dtype", "pass", "provider", "median_us", "p20_us", "p80_us", "sustained_us", "graph_us", "host_us",
-    "tb_s", "ceiling_share", "tflop_s", "matmul_share", "cycle_share", "speedup", "peak_mb", "error", "eager_error",
-    "sm_mhz", "power_w", "note", "failed",
+    "predicted_us", "tb_s", "ceiling_share", "tflop_s", "matmul_share", "cycle_share", "speedup", "peak_mb", "error",
+    "eager_error", "elements", "N", "sm_mhz", "power_w", "note", "failed",
 )  # fmt: skip
 
 
@@ -26,28 +26,27 @@ def measure(case, device, ceilings, seconds=1.0):
     if case.backward is None:
         inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
     calls, rows = {}, {}
-    for name, (function, forced) in _providers(case, device).items():
-        for direction in _passes(case, inputs):
+    for name, (function, forced) in providers(case, device).items():
+        for direction in passes(case, inputs):
             rows[name, direction] = dict.fromkeys(COLUMNS) | {
                 "op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."),
-                "pass": direction, "provider": name, "note": "", "failed": False,
+                "pass": direction, "provider": name, "note": "", "failed": False, "elements": case.elements, "N": case.N,
             }  # fmt: skip
         calls[name] = function, forced
     _check(case, inputs, calls, rows)
-    for direction in _passes(case, inputs):
+    for direction in passes(case, inputs):
         right = {name: calls[name] for name in calls if not rows[name, direction]["note"]}
         timed = {name: rows[name, direction] for name in right}
-        work = case.forward if direction == "forward" else case.backward
         if right:
             (_time_on_gpu if timing.is_gpu(device) else _time_on_cpu)(
                 case, inputs, right, timed, direction, seconds, device
             )
         for row in timed.values():
-            _derive(row, timed.get("eager"), work, ceilings, device)
-    return [rows[name, direction] for direction in _passes(case, inputs) for name in calls]
+            _derive(row, timed.get("eager"), case, ceilings, device)
+    return [rows[name, direction] for direction in passes(case, inputs) for name in calls]
 
 
-def _providers(case, device):
+def providers(case, device):
     """{name: (function, backend to force)}; a GPU times each of our fused backends and the peers as well."""
     if not timing.is_gpu(device):
         return {name: (case.providers[name], None) for name in ("eager", "fastattn")}
@@ -59,7 +58,7 @@ def _providers(case, device):
     return found | {name: (function, None) for name, function in peers.items()}
 
 
-def _passes(case, inputs):
+def passes(case, inputs):
     asks = any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
     return ("forward", "backward") if asks and case.backward else ("forward",)
 
@@ -92,7 +91,7 @@ def _check(case, inputs, calls, rows):
     try:
         with torch.no_grad():
             outputs = _tuple(eager(*inputs))
-        backward = "backward" in _passes(case, inputs)
+        backward = "backward" in passes(case, inputs)
         full = [torch.randn_like(o) if backward and o.is_floating_point() else None for o in outputs]
         parts = [g if g is None else part(g) for g in full]
         exact = seeded(case.reference, again(torch.float64), parts)
@@ -152,7 +151,7 @@ def _error(t, exact):
     return float(difference.detach().max()) if difference.numel() else 0.0
 
 
-def _call(function, forced, inputs, direction, outer):
+def one_pass(function, forced, inputs, direction, outer):
     """A function of nothing that does one pass. `outer` forces the backend inside each call, for interleaving."""
     if direction == "forward":
 
@@ -180,7 +179,7 @@ def _call(function, forced, inputs, direction, outer):
 
 
 def _time_on_cpu(case, inputs, calls, rows, direction, seconds, device):
-    ready = {name: _call(*call, inputs, direction, True) for name, call in calls.items()}
+    ready = {name: one_pass(*call, inputs, direction, True) for name, call in calls.items()}
     for name, samples in timing.cpu_times(ready, seconds).items():
         rows[name]["p20_us"], rows[name]["median_us"], rows[name]["p80_us"] = timing.quantiles(samples)
 
@@ -189,7 +188,7 @@ def _time_on_gpu(case, inputs, calls, rows, direction, seconds, device):
     ready = {}
     for name, call in calls.items():
         try:
-            ready[name] = _call(*call, inputs, direction, True)
+            ready[name] = one_pass(*call, inputs, direction, True)
             ready[name](), ready[name]()  # some peers cannot go back twice
         except Exception as e:
             rows[name]["note"], rows[name]["failed"] = _first_line(e), name.startswith("fastattn")
@@ -204,7 +203,7 @@ def _time_on_gpu(case, inputs, calls, rows, direction, seconds, device):
     rotated = [case.make(device) for _ in range(copies)]
     for name in ready:
         row, (function, forced) = rows[name], calls[name]
-        once = _call(function, forced, inputs, direction, False)
+        once = one_pass(function, forced, inputs, direction, False)
         with _under(forced):
             row["host_us"] = timing.host_time(once)
             row["sustained_us"], row["sm_mhz"], row["power_w"] = timing.sustained(once, seconds)
@@ -222,7 +221,7 @@ def _graph(function, forced, rotated, direction):
     )  # autograd runs a backward on the stream of its forward, which must be the captured one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls = [_call(function, forced, inputs, direction, False) for inputs in rotated]
+        calls = [one_pass(function, forced, inputs, direction, False) for inputs in rotated]
     return timing.graph_time(calls, stream)
 
 
@@ -236,10 +235,11 @@ def _whole(function, inputs, direction):
     return torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs])
 
 
-def _derive(row, eager, work, ceilings, device):
-    """Rates, shares of what was measured in this run, and the speed-up over eager (none on a CPU: torch against torch)."""
+def _derive(row, eager, case, ceilings, device):
+    """Rates, shares of what was measured in this run, what was predicted, and the speed-up over eager (none on a CPU)."""
     if row["median_us"] is None:
         return
+    work = case.forward if row["pass"] == "forward" else case.backward
     moved = work.read + work.write
     row["tb_s"] = moved / row["median_us"] / 1e6
     if work.flops:
@@ -250,9 +250,14 @@ def _derive(row, eager, work, ceilings, device):
         row["speedup"] = eager["median_us"] / row["median_us"]
     if work.flops and "matmul" in ceilings:
         row["matmul_share"] = work.flops / row["sustained_us"] / 1e6 / ceilings["matmul"]
-    elif ceilings:
-        row["ceiling_share"] = row["tb_s"] / timing.mix_rate(ceilings, work)
+    elif ceilings and not work.flops:
+        rate = timing.mix_rate(ceilings, work)
+        row["ceiling_share"] = row["tb_s"] / rate
+        row["predicted_us"] = ceilings["t0_us"] + moved / rate / 1e6
     per_clock = timing.FLOPS_PER_CLOCK.get(torch.cuda.get_device_capability(device))
     if work.flops and per_clock and row["sm_mhz"]:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        row["cycle_share"] = work.flops / (row["sustained_us"] * row["sm_mhz"] * processors * per_clock)
+        fastest = work.flops / (row["sm_mhz"] * processors * per_clock)
+        row["cycle_share"] = fastest / row["sustained_us"]
+        if row["pass"] == "forward" and (share := case.predicted.get(row["provider"])):
+            row["predicted_us"] = fastest / share

@@ -1,6 +1,7 @@
 """What a run leaves behind: the table on the screen, CSV, JSON, a plot, and one HTML page with all of it."""
 
 import base64
+import collections
 import csv
 import datetime
 import html
@@ -9,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import subprocess
 
 import torch
@@ -19,11 +21,13 @@ from fastattn.benchmarks import timing
 from fastattn.benchmarks.measure import COLUMNS
 
 TORCH_AGAINST_TORCH = "On a CPU fastattn runs stock torch, so these times are torch against torch: there is no speed-up to report."
+PEERS = ("liger-kernel", "quack-kernels", "nvidia-cudnn-frontend", "xformers", "flash-attn", "transformers")
 ON_GPU = (
     "µs: median with a cold L2, 20 % and 80 % quantiles behind it; sustained: one second back to back; graph: a call inside "
-    "a CUDA graph over rotating inputs; host: the CPU's time per call. ceiling: share of the memory rate measured in this "
-    "run for the same mix of reads and writes (matmul: of the measured bf16 product). err: largest error against "
-    "float64, eager's own behind it. A share below 1 GiB of traffic also pays the fixed cost of a launch: see the fits."
+    "a CUDA graph over rotating inputs; host: the CPU's time per call. predicted: of memory-bound ops t0 + bytes / the rate "
+    "measured in this run for the same mix of reads and writes, of attention what benchmarks/model.py says of the tile. ceiling: "
+    "share of that rate (matmul: of the measured bf16 product), which below 1 GiB of traffic also pays t0. err: largest error "
+    "against float64, eager's own behind it."
 )
 
 
@@ -35,10 +39,7 @@ def environment(device):
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{
-            name: _version(name)
-            for name in ("triton", "liger-kernel", "quack-kernels", "xformers", "flash-attn")
-        },
+        **{name: _version(name) for name in ("triton", *PEERS)},
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
         "device": str(device),
     }
@@ -49,7 +50,10 @@ def environment(device):
             "compute capability": f"{properties.major}.{properties.minor}",
             "CUDA of torch": torch.version.cuda or torch.version.hip,
             "cuDNN": str(torch.backends.cudnn.version()),
-            "driver": _driver(),
+            "driver": _smi("driver_version"),
+            "SM clock now, SM and memory clock at most, power limit": _smi(
+                "clocks.sm,clocks.max.sm,clocks.max.mem,power.limit"
+            ),
         }
     return found
 
@@ -66,8 +70,8 @@ def _commit():
     return _answer(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10"])
 
 
-def _driver():
-    return _answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0]
+def _smi(fields):
+    return _answer(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]).split("\n")[0]
 
 
 def _answer(command):
@@ -100,7 +104,9 @@ def cells(row, on_gpu):
     yield from (("op", row["op"]), ("shape", row["shape"]), ("dtype", row["dtype"]), ("pass", row["pass"]))
     yield from (("provider", row["provider"]), ("µs", _number(row["median_us"])), ("20–80 %", spread))
     if on_gpu:
-        yield from ((name, _number(row[f"{name}_us"])) for name in ("sustained", "graph", "host"))
+        yield from (
+            (name, _number(row[f"{name}_us"])) for name in ("sustained", "graph", "host", "predicted")
+        )
     yield "rate", rate or ""
     if on_gpu:
         yield "ceiling", f"{share:.0%}" if share else ""
@@ -128,6 +134,54 @@ def table(rows, on_gpu):
     return result
 
 
+def summary(rows):
+    """The rich table of a sweep: a line an op, pass, dtype and provider over all its shapes, calls that wait for the host apart."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["pass"], row["dtype"], row["provider"]), []).append(row)
+    result = Table(
+        title="By op: geometric means over the shapes. Share: of the ceiling, at 256 MB moved and more",
+        header_style="bold",
+        title_justify="left",
+    )
+    for heading in ("op", "pass", "dtype", "provider"):
+        result.add_column(heading)
+    for heading in (
+        "shapes",
+        "no time",
+        "× eager",
+        "share, N to 32k",
+        "share, beyond",
+        "worst share",
+        "wrong",
+    ):
+        result.add_column(heading, justify="right")
+    for key, of_key in groups.items():
+        timed = [row for row in of_key if row["median_us"]]
+        large = [row for row in timed if row["ceiling_share"] and row["tb_s"] * row["median_us"] >= 256]
+        shares = [
+            [row["ceiling_share"] for row in large if (row["N"] <= 2**15) == short] for short in (True, False)
+        ]
+        result.add_row(
+            *key, str(len(timed)), str(len(of_key) - len(timed)), _mean([row["speedup"] for row in timed], "{:.2f}"),
+            *(_mean(each, "{:.0%}") for each in shares), f"{min(sum(shares, [])):.0%}" if large else "",
+            str(sum(row["failed"] for row in of_key)),
+        )  # fmt: skip
+    return result
+
+
+def _mean(values, form):
+    values = [v for v in values if v]
+    return form.format(statistics.geometric_mean(values)) if values else ""
+
+
+def notes(rows):
+    """{a provider and what kept it from being timed: at how many rows}."""
+    return collections.Counter(
+        f"{row['op']}, {row['provider']}: {row['note']}" for row in rows if row["note"]
+    )
+
+
 def fits(rows):
     """{(op, pass, provider): (t0 in µs, TB/s)} of T = t0 + bytes / rate over the memory-bound sizes of one op."""
     groups = {}
@@ -135,30 +189,27 @@ def fits(rows):
         if row["tb_s"] and not row["tflop_s"]:
             moved = row["tb_s"] * row["median_us"]  # in MB
             groups.setdefault((row["op"], row["pass"], row["provider"]), []).append((moved, row["median_us"]))
-    found = {}
-    for key, points in groups.items():
-        n, mean_x, mean_y = len(points), *(sum(axis) / len(points) for axis in zip(*points, strict=True))
-        spread = sum((x - mean_x) ** 2 for x, _ in points)
-        if n >= 3 and spread:
-            slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-            if slope > 0:
-                found[key] = mean_y - slope * mean_x, 1 / slope
-    return found
+    found = {key: timing.fit(points) for key, points in groups.items()}
+    return {key: line for key, line in found.items() if line}
 
 
 def save(results, folder):
     """results.json, results.csv and the plots into `folder`; the names of what was written."""
+    return [*write(results, folder), *plots(results, folder)]
+
+
+def write(results, folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     with open(folder / "results.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
         writer.writerows(results["rows"])
-    return ["results.json", "results.csv", *plots(results, folder)]
+    return ["results.json", "results.csv"]
 
 
 def plots(results, folder):
-    """speed.png and gpt.png; nothing, and a sentence, where matplotlib is missing."""
+    """speed.png, widths.png and gpt.png as far as there is something to draw; nothing, and a sentence, where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -169,9 +220,10 @@ def plots(results, folder):
 
     written = []
     timed = [row for row in results["rows"] if row["median_us"]]
-    if timed:
-        providers = list(dict.fromkeys(row["provider"] for row in timed))
-        groups = list(dict.fromkeys((row["op"], row["shape"], row["pass"]) for row in timed))
+    groups = list(dict.fromkeys((row["op"], row["shape"], row["pass"]) for row in timed))
+    providers = list(dict.fromkeys(row["provider"] for row in timed))
+    title = f"fastattn {results['environment']['fastattn']} on {results['environment']['device']}"
+    if 0 < len(groups) <= 80:  # beyond, bars cannot be told apart
         figure, axes = plt.subplots(
             figsize=(9, 1.5 + 0.22 * len(groups) * len(providers)), layout="constrained"
         )
@@ -189,11 +241,25 @@ def plots(results, folder):
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_xlabel("µs, median (less is better)")
-        axes.set_title(f"fastattn {results['environment']['fastattn']} on {results['environment']['device']}")
+        axes.set_title(title)
         axes.legend()
-        figure.savefig(folder / "speed.png", dpi=110)
-        plt.close(figure)
-        written.append("speed.png")
+        written.append(_saved(plt, figure, folder / "speed.png"))
+    if panels := by_width(timed):
+        figure, grid = plt.subplots(
+            len(panels), 2, figsize=(12, 3.2 * len(panels)), squeeze=False, layout="constrained"
+        )
+        for line, (op, of_op) in zip(grid, panels.items(), strict=True):
+            for axes, direction in zip(line, ("forward", "backward"), strict=True):
+                for provider, points in of_op.get(direction, {}).items():
+                    axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=provider)
+                axes.set_xscale("log", base=2)
+                axes.set_title(f"{op}, {direction}")
+                axes.set_xlabel("N")
+                axes.set_ylabel("TB/s")
+                axes.set_ylim(0)
+            line[0].legend(fontsize="small")
+        figure.suptitle(title)
+        written.append(_saved(plt, figure, folder / "widths.png"))
     if results.get("gpt"):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for name, losses in results["gpt"]["losses"].items():
@@ -202,10 +268,28 @@ def plots(results, folder):
         axes.set_ylabel("training loss, nats a byte")
         axes.set_title(f"GPT on {results['gpt']['text']}")
         axes.legend()
-        figure.savefig(folder / "gpt.png", dpi=110)
-        plt.close(figure)
-        written.append("gpt.png")
+        written.append(_saved(plt, figure, folder / "gpt.png"))
     return written
+
+
+def _saved(plt, figure, path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path.name
+
+
+def by_width(rows):
+    """{op: {pass: {provider: [(N, TB/s)]}}} of the first dtype's memory-bound rows, the largest call at each N; ops of three N and more."""
+    rows = [row for row in rows if row["N"] and not row["tflop_s"] and row["dtype"] == rows[0]["dtype"]]
+    best = {}
+    for row in sorted(rows, key=lambda row: row["elements"]):
+        best[row["op"], row["pass"], row["provider"], row["N"]] = row["tb_s"]
+    found = {}
+    for (op, direction, provider, N), rate in sorted(best.items(), key=lambda item: item[0][3]):
+        found.setdefault(op, {}).setdefault(direction, {}).setdefault(provider, []).append((N, rate))
+    return {
+        op: of_op for op, of_op in found.items() if len({n for *_, n in (k for k in best if k[0] == op)}) >= 3
+    }
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:75em;padding:0 1em}
@@ -221,7 +305,7 @@ def html_page(folder):
     parts = ["<h1>fastattn benchmark</h1>", _html_pairs(results["environment"])]
     if results["ceilings"]:
         parts += ["<h2>Measured ceilings</h2>", _html_pairs(results["ceilings"])]
-    for name in ("speed", "gpt"):
+    for name in ("speed", "widths", "gpt"):
         if (folder / f"{name}.png").exists():
             data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
             parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')

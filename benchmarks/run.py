@@ -1,4 +1,8 @@
-"""The run behind `fastattn bench`: every op, the host path, the GPT; then the table and the files."""
+"""The run behind `fastattn bench`: every op, the host path, the GPT; then the table and the files.
+
+On a GPU several processes first run every case once: what they compile stays on disk, and one process would compile for longer than
+it measures. Results are written after every case, so that a run that is killed leaves what it had.
+"""
 
 import importlib
 import io
@@ -11,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastattn import backend
-from fastattn.benchmarks import bench_gpt, host_path, report, timing
+from fastattn.benchmarks import bench_gpt, host_path, report, suite, timing, warm
 from fastattn.benchmarks.measure import measure
 
 FILES = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
@@ -19,10 +23,19 @@ OPS = tuple(stem.removeprefix("bench_") for stem in FILES if stem != "bench_gpt"
 EVERYTHING = (*OPS, "host", "gpt")
 
 
-def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=None, limit=None):
+def cases_of(chosen, device, quick, sweep):
+    """The cases of the chosen ops' files; with `sweep` those of row ops over suite.sweep's shapes, all ops at one after the other."""
+    modules = [importlib.import_module(f"fastattn.benchmarks.bench_{op}") for op in OPS if op in chosen]
+    if not sweep:
+        return [case for module in modules for case in module.cases(device, quick)]
+    swept = [module for module in modules if hasattr(module, "rows")]
+    return [case for shape in suite.sweep(device) for module in swept for case in module.rows(*shape)]
+
+
+def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=None, limit=None, sweep=False):
     """Measure what is `chosen` on `device`, print it and write it into folder `out`; the number of failures.
 
-    limit: seconds after which no further op is started, so that the table comes out in time.
+    limit: seconds after which no further op is started, so that the table comes out in time. sweep: see cases_of.
     """
     began = time.perf_counter()
     if timing.is_gpu(device):
@@ -37,25 +50,30 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
         "rows": [],
         "said": {},
     }
-    modules = [importlib.import_module(f"fastattn.benchmarks.bench_{op}") for op in OPS if op in chosen]
-    cases = [case for module in modules for case in module.cases(device, quick)]
+    cases = cases_of(chosen, device, quick, sweep)
     if timing.is_gpu(device) and cases:
         results["ceilings"] = timing.ceilings(device) if backend.triton_found() else {}
-        console.print(_pairs("Ceilings measured just now (TB/s, TFLOP/s)", results["ceilings"]))
-    seconds = (0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
+        console.print(_pairs("Measured just now: TB/s, t0, TFLOP/s", results["ceilings"]))
+        told = warm.compile_all(device, chosen, quick, sweep, (limit or 900) / 3)
+        console.print(f"{told} ({time.perf_counter() - began:.0f} s since the start)")
+    seconds = (
+        (0.15 if sweep else 0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
+    )
     with _progress(console) as progress:
         task = progress.add_task("ops", total=len(cases))
         for left, case in zip(range(len(cases), 0, -1), cases, strict=True):
             if limit is not None and time.perf_counter() - began > limit:
-                console.print(
-                    f"Left out for time: {left} of {len(cases)} cases, from {case.op}, {case.shape} on."
-                )
+                said = f"Left out for time: {left} of {len(cases)} cases, from {case.op}, {case.shape} on."
+                console.print(said)
+                results["said"]["Left out"] = said
                 break
             progress.update(task, description=f"{case.op}, {case.shape}")
             results["rows"] += measure(case, device, results["ceilings"], seconds)
             progress.advance(task)
             if timing.is_gpu(device):
                 torch.cuda.empty_cache()
+                torch.compiler.reset()  # Dynamo refuses one piece of code after eight shapes
+                report.write(results, out)
     failures = sum(row["failed"] for row in results["rows"])
     if "host" in chosen:
         results["host_path"] = host_path.host_paths(0.1 if quick else 0.3)
@@ -65,8 +83,11 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
         failures += len(wrong)
 
     if results["rows"]:
-        console.print(report.table(results["rows"], timing.is_gpu(device)))
-        for (op, direction, provider), (t0, rate) in report.fits(results["rows"]).items():
+        rows = results["rows"]
+        for sentence, times in report.notes(rows).items() if sweep else ():
+            console.print(f"{times} x {sentence}", markup=False, highlight=False)
+        console.print(report.summary(rows) if sweep else report.table(rows, timing.is_gpu(device)))
+        for (op, direction, provider), (t0, rate) in report.fits(rows).items():
             if timing.is_gpu(device):
                 console.print(f"{op} {direction}, {provider}: T = {t0:.1f} µs + bytes / {rate:.2f} TB/s")
     if "host" in chosen:

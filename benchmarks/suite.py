@@ -1,4 +1,5 @@
-"""What a benchmark file describes. `benchmarks/bench_<op>.py` has `cases(device, quick)`, which yields these.
+"""What a benchmark file describes. `benchmarks/bench_<op>.py` has `cases(device, quick)`, which yields these; those of row ops
+also have `rows(M, N, dtype)`, which yields theirs at one shape of the sweep.
 
 A benchmark file says shapes, baselines and least work; checking, timing and printing are done by the files beside it
 (measure.py, timing.py, report.py), for every op alike.
@@ -40,11 +41,53 @@ class Case:
     reference: Callable  # the same function of the inputs in float64, from fastattn.reference
     forward: Work
     backward: Work | None = None  # None: forward only
+    # What backend.ROWS asks of a call: the elements it writes and the length of a row. None: the op has no rows there.
+    elements: int | None = None
+    N: int | None = None
     # Where a float64 reference of everything would not fit: tensor -> the part of it that is checked, such that
     # reference(part of each input) is the part of each output, and the same for gradients.
     part: Callable | None = None
+    # provider -> the share of the tensor cores' peak that benchmarks/model.py predicts for its forward
+    predicted: dict[str, float] = dataclasses.field(default_factory=dict)
     # It draws a dropout mask. Ours must be the reference's draw of the same seed; peers draw others and go unchecked.
     random: bool = False
+
+
+# Rows of a GiB read and written, or a million of them where that is less; then what waits for the host, other dtypes, and the ends.
+WIDTHS = (4096, 768, 128, 32768, 262144, 1024, 65536, 8192, 512, 16384, 2048, 256, 131072, 3, 64, 1000, 50257)
+SMALL = (
+    (8192, 768),
+    (1, 768),
+    (64, 1024),
+    (4096, 1024),
+    (512, 4096),
+    (2048, 4096),
+    (1, 262144),
+    (1, 3),
+    (2**20, 8),
+)
+
+
+def sweep(device):
+    """(M, N, dtype) of the row ops, the most telling first, so that a run cut short has lost the least."""
+    if device.type == "cpu":
+        return [(1, 3, torch.float32), (64, 64, torch.float32)]
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    gib = lambda N, dtype: (min(2**29 // (N * dtype.itemsize), 2**20), N, dtype)  # noqa: E731
+    small = [(*shape, bf16) for shape in SMALL]
+    narrow, wide = [[gib(N, dtype) for N in WIDTHS] for dtype in (bf16, fp32)]
+    half = [gib(N, fp16) for N in WIDTHS]
+    return [
+        *narrow[:5],
+        *small[:5],
+        *narrow[5:9],
+        *wide[:5],
+        *half[:3],
+        *narrow[9:],
+        *small[5:],
+        *wide[5:],
+        *half[3:],
+    ]
 
 
 def package(name):

@@ -161,17 +161,33 @@ def peak_memory(call):
 
 
 def ceilings(device, nbytes=1 << 30, side=8192):
-    """Measured on this GPU just now: TB/s of each mix of reads and writes, and TFLOP/s of a bf16 matrix product."""
+    """Measured on this GPU just now: TB/s of each mix of reads and writes, the fixed cost t0 of a launch, by a fit of
+    T = t0 + bytes / rate to copies of 1/4096 to 1/16 of nbytes, and TFLOP/s of a bf16 matrix product.
+    """
     from fastattn.benchmarks.ceilings import streams
 
     measured = {}
     for name, (read, written, movers) in streams(device, nbytes).items():
         best = min(statistics.median(gpu_times({"": mover}, 0.3, device)[""]) for mover in movers)
         measured[name] = (read + written) / best / 1e6
+    points = []
+    for size in (nbytes >> 12, nbytes >> 8, nbytes >> 6, nbytes >> 5, nbytes >> 4):
+        read, written, movers = streams(device, size)["copy"]
+        best = min(statistics.median(gpu_times({"": mover}, 0.05, device)[""]) for mover in movers)
+        points.append(((read + written) / 1e6, best))
+    measured["t0_us"] = (fit(points) or (0.0, 0.0))[0]
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     microseconds, clock, power = sustained(lambda: a @ b)
     measured["matmul"] = 2 * side**3 / microseconds / 1e6
     return measured | {"matmul_sm_mhz": clock, "matmul_power_w": power}
+
+
+def fit(points):
+    """(t0, rate) of T = t0 + amount / rate through (amount, T), at least three; None where nothing grows."""
+    n, mean_x, mean_y = len(points), *(sum(axis) / len(points) for axis in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0
+    return (mean_y - slope * mean_x, 1 / slope) if n >= 3 and slope > 0 else None
 
 
 def mix_rate(measured, work):

@@ -196,6 +196,12 @@ def bench(
         bool, typer.Option("--host", help="Only what Python costs before a kernel starts.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller shapes.")] = False,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="Norms, softmax and positions alone, at many shapes and in every dtype."
+        ),
+    ] = False,
     out: Out = pathlib.Path("bench-out"),
     data: Annotated[pathlib.Path | None, typer.Option(help="Text to train the GPT on.")] = None,
     limit: Annotated[float | None, typer.Option(help="Seconds after which no further op is started.")] = None,
@@ -208,8 +214,8 @@ def bench(
         raise typer.BadParameter(f"--op {unknown[0]}: need one of {', '.join(run.EVERYTHING)}")
     if data is not None and not data.is_file():
         raise typer.BadParameter(f"--data {data}: no such file")
-    chosen = ["host"] if host else op or run.EVERYTHING
-    failures = run.run(_console(), _device(device), chosen, quick, out, data, limit)
+    chosen = ["host"] if host else op or (run.OPS if sweep else run.EVERYTHING)
+    failures = run.run(_console(), _device(device), chosen, quick, out, data, limit, sweep)
     raise typer.Exit(bool(failures))
 
 

@@ -20,8 +20,10 @@ from fastattn.benchmarks import (
     measure,
     report,
     run,
+    suite,
     timing,
     tune,
+    warm,
 )
 from fastattn.benchmarks.suite import Work
 
@@ -96,6 +98,51 @@ def test_a_time_limit_leaves_cases_out_and_says_so(tmp_path):
     done = bench(tmp_path, "--op", "layer_norm", "--limit", "0")
     assert done.exit_code == 0, done.output
     assert "Left out for time" in done.output and written(tmp_path) == []
+
+
+def test_a_sweep_covers_row_ops_and_ends_in_a_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        suite, "sweep", lambda device: [(1, 3, torch.float32), (4, 64, torch.float32), (2, 5, torch.float32)]
+    )
+    done = bench(tmp_path, "--sweep")
+    assert done.exit_code == 0, done.output
+    rows = written(tmp_path)
+    assert {row["N"] for row in rows} == {"3", "64", "5"}
+    for op in ("softmax", "scaled_masked_softmax", "layer_norm", "add_rms_norm", "embeddings, BERT"):
+        assert any(row["op"] == op for row in rows) and op in done.output
+    assert "geometric means" in done.output and (tmp_path / "widths.png").exists()
+
+
+def test_a_sweep_goes_over_widths_rows_and_dtypes_and_begins_with_a_gib():
+    shapes = suite.sweep(torch.device("cuda"))
+    assert len(set(shapes)) == len(shapes)
+    assert {N for _, N, _ in shapes} >= {3, 768, 4096, 262144} and {M for M, *_ in shapes} >= {1, 2**20}
+    assert {dtype for *_, dtype in shapes} == set(backend.TRITON_DTYPES)
+    M, N, dtype = shapes[0]
+    assert 2 * M * N * dtype.itemsize == 2**30
+    assert all(2 * M * N * dtype.itemsize <= 2**30 and M <= 2**20 for M, N, dtype in shapes)
+
+
+def test_every_case_is_run_once_to_compile_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(warm, "run_once", lambda case, device: seen.append((case.op, case.shape)))
+    what = {"device": "cpu", "chosen": ["softmax"], "quick": True, "sweep": True}
+    for share in range(3):
+        warm.main(json.dumps(what), share, 3)
+    device = what.pop("device")
+    assert sorted(seen) == sorted(
+        (case.op, case.shape) for case in run.cases_of(device=torch.device(device), **what)
+    )
+    calls = []
+    case = a_case()
+    case = dataclasses.replace(
+        case, providers={"eager": case.providers["eager"], "fastattn": lambda *a: calls.append(a)}
+    )
+    monkeypatch.undo()
+    warm.run_once(case, CPU)
+    assert len(calls) == 2  # forward, and forward for backward, whose failure is not told here
 
 
 def test_a_mix_of_reads_and_writes_lies_between_the_measured_ceilings():
@@ -229,7 +276,16 @@ def test_every_step_of_the_gpu_protocol_runs(stand_in_gpu):
     case = dataclasses.replace(a_case(), forward=Work(100, 100), backward=Work(300, 100, flops=1000))
     case.providers.pop("compile")
     measured = timing.ceilings(CPU, nbytes=1 << 15, side=64)
-    assert set(measured) == {"read", "write", "copy", "add", "matmul", "matmul_sm_mhz", "matmul_power_w"}
+    assert set(measured) == {
+        "read",
+        "write",
+        "copy",
+        "add",
+        "t0_us",
+        "matmul",
+        "matmul_sm_mhz",
+        "matmul_power_w",
+    }
     rows = measure.measure(case, CPU, measured, seconds=0.01)
     by = {(row["provider"], row["pass"]): row for row in rows}
     assert (

@@ -1,0 +1,73 @@
+"""Compiles what a run will time, in several processes at once; the compiled kernels of Triton and Inductor stay on disk.
+
+    python -m fastattn.benchmarks.warm '{"device": "cuda:0", "chosen": ["softmax"], "quick": false, "sweep": true}' 3 12
+
+runs each case of share 3 of 12 once, whatever comes of it: measure.py is where a failure is told.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import torch
+
+
+def compile_all(device, chosen, quick, sweep, seconds):
+    """Run every case once, in as many processes as are useful; a sentence on how it went.
+
+    seconds: how long that may take; what is not compiled then is compiled when it is its turn.
+    """
+    began = time.perf_counter()
+    shares = max(1, min(12, (os.cpu_count() or 2) - 2))
+    what = json.dumps({"device": str(device), "chosen": list(chosen), "quick": quick, "sweep": sweep})
+    # each process compiles for itself: Inductor would start as many again
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastattn.benchmarks.warm", what]
+    processes = [
+        subprocess.Popen([*command, str(i), str(shares)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for i in range(shares)
+    ]  # fmt: skip
+    late = 0
+    for process in processes:
+        try:
+            process.wait(max(0.0, began + seconds - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            late += 1
+    return f"{shares} processes ran the cases once, to compile them" + (
+        f"; {late} were stopped" if late else ""
+    )
+
+
+def run_once(case, device):
+    from fastattn.benchmarks import measure
+
+    torch.manual_seed(0)
+    inputs = case.make(device)
+    if case.backward is None:
+        inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+    for function, forced in measure.providers(case, device).values():
+        for direction in measure.passes(case, inputs):
+            with contextlib.suppress(Exception):
+                measure.one_pass(function, forced, inputs, direction, True)()
+
+
+def main(what, share, shares):
+    from fastattn.benchmarks import run
+
+    what = json.loads(what)
+    device = torch.device(what.pop("device"))
+    torch.cuda.set_device(device)
+    for case in run.cases_of(device=device, **what)[share::shares]:
+        with contextlib.suppress(Exception):
+            run_once(case, device)
+        torch.cuda.empty_cache()
+        torch.compiler.reset()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
