@@ -73,7 +73,6 @@ def sweep(device):
     if device.type == "cpu":
         return [(1, 3, torch.float32), (64, 64, torch.float32)]
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    gib = lambda N, dtype: (min(2**29 // (N * dtype.itemsize), 2**20), N, dtype)  # noqa: E731
     small = [(*shape, bf16) for shape in SMALL]
     narrow, wide = [[gib(N, dtype) for N in WIDTHS] for dtype in (bf16, fp32)]
     half = [gib(N, fp16) for N in WIDTHS]
@@ -88,6 +87,11 @@ def sweep(device):
         *wide[5:],
         *half[3:],
     ]
+
+
+def gib(N, dtype):
+    """(M, N, dtype) of a tensor that takes a GiB to read and write, or of a million rows."""
+    return min(2**29 // (N * dtype.itemsize), 2**20), N, dtype
 
 
 def package(name):

@@ -16,30 +16,37 @@ import torch
 
 
 def compile_all(device, chosen, quick, sweep, seconds):
-    """Run every case once, in as many processes as are useful; a sentence on how it went.
+    """Run every case once; a sentence on how it went."""
+    what = json.dumps({"device": str(device), "chosen": list(chosen), "quick": quick, "sweep": sweep})
+    return in_processes(["fastattn.benchmarks.warm", what], seconds)
 
-    seconds: how long that may take; what is not compiled then is compiled when it is its turn.
+
+def in_processes(command, seconds):
+    """Run `python -m *command i n` for every share i of n, as many as are useful; a sentence on how it went.
+
+    seconds: how long they may take; what is not compiled then is compiled when it is its turn.
     """
     began = time.perf_counter()
     shares = max(1, min(12, (os.cpu_count() or 2) - 2))
-    what = json.dumps({"device": str(device), "chosen": list(chosen), "quick": quick, "sweep": sweep})
     # each process compiles for itself: Inductor would start as many again
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fastattn.benchmarks.warm", what]
+    command = [sys.executable, "-m", *command]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     processes = [
-        subprocess.Popen([*command, str(i), str(shares)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for i in range(shares)
-    ]  # fmt: skip
-    late = 0
+        subprocess.Popen([*command, str(i), str(shares)], env=environment, **quiet) for i in range(shares)
+    ]
+    late = failed = 0
     for process in processes:
         try:
-            process.wait(max(0.0, began + seconds - time.perf_counter()))
+            failed += process.wait(max(0.0, began + seconds - time.perf_counter())) != 0
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             late += 1
-    return f"{shares} processes ran the cases once, to compile them" + (
-        f"; {late} were stopped" if late else ""
+    return (
+        f"{shares} processes compiled ahead for {time.perf_counter() - began:.0f} s"
+        + (f"; {late} were stopped" if late else "")
+        + (f"; {failed} failed" if failed else "")
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 import types
+import unittest.mock
 
 import pytest
 import torch
@@ -328,15 +329,49 @@ def test_every_chosen_op_has_a_benchmark_file():
     assert set(run.EVERYTHING) == {*run.OPS, "host", "gpt"}
 
 
-def test_tune_ranks_tiles_and_names_wrong_ones(monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("the real thing runs there")
-    one = dict(BLOCK_M=(64,), BLOCK_N=(32,), num_warps=(4,), num_stages=(1,))
-    monkeypatch.setattr(tune, "CANDIDATES", {"fwd": one, "dkdv": one, "dq": one})
-    shipped, candidate = tune.outcomes("fwd", 64, 40, True, 1, 1, "cpu", lambda call: call().numel())
-    assert candidate[0] == dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)
-    assert shipped[1] == candidate[1] == 40 * 64
-    broken = dict(one, BLOCK_N=(0,))
-    monkeypatch.setattr(tune, "CANDIDATES", {"fwd": broken, "dkdv": one, "dq": one})
-    _, candidate = tune.outcomes("fwd", 64, 40, True, 1, 1, "cpu", lambda call: 0.0)
-    assert isinstance(candidate[1], str)
+TUNED = ("softmax", "layer_norm", "position", "bias_gelu", "attention")
+
+
+@pytest.mark.parametrize("op", TUNED)
+def test_tune_finds_the_tables_and_legal_neighbours(op):
+    slots = tune.slots(op, CPU)
+    assert len({slot.name for slot in slots}) == len(slots) > 1
+    for slot in slots:
+        first, *others = slot.candidates()
+        assert first == slot.shipped and others and first not in others
+        for row in others:
+            assert row.keys() == first.keys() and 1 <= row["num_warps"] <= 32
+            assert all(row[key] == first[key] for key in slot.fixed)
+
+
+def test_tune_ranks_rows_and_names_wrong_ones(monkeypatch):
+    used = {}
+
+    def times_two(x, *_):
+        if used["TILE"] == 3:
+            raise ValueError("out of shared memory")
+        return x * 2.0 + (0.1 if used["TILE"] == 4 else 0.0)
+
+    case = dataclasses.replace(a_case(), providers={"fastattn": times_two})
+    slot = tune.Slot(
+        "FORWARD, to 8",
+        lambda row: unittest.mock.patch.dict(used, row),
+        case,
+        "forward",
+        {"TILE": 1, "num_warps": 1},
+    )
+    rows = [slot.shipped, *({"TILE": tile, "num_warps": 1} for tile in (2, 3, 4))]
+    monkeypatch.setattr(tune.Slot, "candidates", lambda self: rows)
+    fake = lambda calls, *_: {name: [4.0 - call.args[0]["TILE"]] for name, call in calls.items()}  # noqa: E731
+    monkeypatch.setattr(tune.timing, "gpu_times", fake)
+    best, shipped, *wrong = tune.tuned("softmax", slot, CPU)
+    assert (best["row"], best["us"], best["shipped"]) == (rows[1], 2.0, False)
+    assert (shipped["row"], shipped["us"], shipped["shipped"]) == (rows[0], 3.0, True)
+    assert [row["us"] for row in wrong] == [None, None]
+    assert "out of shared memory" in wrong[0]["note"] and "wrong by" in wrong[1]["note"]
+    found = [best, shipped, *wrong]
+    assert list(tune.proposals(found)) == [
+        "kernels/softmax.py FORWARD, to 8: dict(TILE=2, num_warps=1)  # 2.0 us, was 3.0 us, dict(TILE=1, num_warps=1)"
+    ]
+    assert "keep dict(TILE=1" in next(tune.proposals([best | {"us": 2.99}, shipped]))
+    assert tune.table(found).row_count == 4
