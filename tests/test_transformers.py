@@ -308,7 +308,7 @@ def call(**changes):
 
 
 def test_what_is_not_served_is_refused_by_name():
-    for name in ("cache", "indices", "block_indices", "alibi"):
+    for name in ("cache", "block_indices", "alibi"):
         with pytest.raises(NotImplementedError, match=f"hands {name}="):
             call(**{name: torch.zeros(1)})
         call(**{name: None})
@@ -394,6 +394,111 @@ def test_a_model_without_sdpa_gets_the_masks_of_eager():
     assert sum((backend.calls - before).values()) == 2
     model.set_attn_implementation("eager")
     torch.testing.assert_close(mine, model(tokens).logits)
+
+
+def same_weights(cls, config):
+    """(fastattn, eager) of one model, with the initialisation of a real scale."""
+    torch.manual_seed(0)
+    eager = cls._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    mine = cls._from_config(copy.deepcopy(config), attn_implementation="fastattn").eval()
+    mine.load_state_dict(eager.state_dict())
+    return mine, eager
+
+
+def of_transformers(module, *names):
+    """Classes that not every transformers has."""
+    module = pytest.importorskip(f"transformers.models.{module}")
+    return [getattr(module, name) for name in names]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_stays_causal_beside_a_flag_that_says_no(padding):
+    """AIMv2's text model makes a causal mask, for layers that it shares with its vision model and that say is_causal=False."""
+    Model, Config = of_transformers("aimv2.modeling_aimv2", "Aimv2TextModel", "Aimv2TextConfig")
+    config = Config(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=S)  # fmt: skip
+    keep = PADDING[padding].bool()
+    found = [m(ids(), attention_mask=PADDING[padding]) for m in same_weights(Model, config)]
+    assert_close(*({"state": out.last_hidden_state[keep]} for out in found))
+
+
+def test_an_absent_mask_is_every_pair_where_only_eager_was_known():
+    """BridgeTower's cross layers say is_causal=True, which no attention of its had ever read."""
+    Layer, Config = of_transformers(
+        "bridgetower.modeling_bridgetower", "BridgeTowerBertCrossLayer", "BridgeTowerTextConfig"
+    )
+    config = Config(vocab_size=V, hidden_size=32, num_attention_heads=4, intermediate_size=48)
+    layer, x = Layer(config).eval(), torch.randn(2, S, 32)
+    found = []
+    for name in ("fastattn", "eager"):
+        config._attn_implementation = name
+        found.append({"x": layer(x, x.flip(1))[0]})
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_model_that_cuts_its_masks(padding, cache):
+    """Gemma 4 leaves queries out where layers share keys, and cuts the rows of its masks, but where "sdpa" has none."""
+    Model, Config = of_transformers("gemma4.modeling_gemma4", "Gemma4ForCausalLM", "Gemma4TextConfig")
+    config = Config(
+        **(DECODER | dict(num_hidden_layers=4)), global_head_dim=8, num_kv_shared_layers=2, vocab_size_per_layer_input=V, hidden_size_per_layer_input=8,
+        sliding_window=5, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    given = PADDING["ones" if padding == "none" else padding]
+    options = dict(attention_mask=given, max_new_tokens=4, do_sample=False, cache_implementation=cache)
+    options.update(output_logits=True, return_dict_in_generate=True)
+    found = [model.generate(ids() * given, **options) for model in same_weights(Model, config)]
+    assert_close(*({"logits": torch.cat(out.logits)} for out in found))
+
+
+def sparse():
+    Model, Config = of_transformers(
+        "deepseek_v32.modeling_deepseek_v32", "DeepseekV32ForCausalLM", "DeepseekV32Config"
+    )
+    return Model, Config(
+        **(DECODER | dict(num_key_value_heads=4)), first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8, index_topk=4, index_n_heads=2, index_head_dim=16,
+    )  # fmt: skip
+
+
+def test_chosen_keys():
+    """DeepSeek's indexer names the keys that a query may attend to; where it runs on eager it puts them into the mask itself."""
+    mine, eager = same_weights(*sparse())
+    keep, inputs = PADDING["right"].bool(), dict(input_ids=ids(), attention_mask=PADDING["right"])
+    want = results(eager, keep, **inputs)
+    assert_close(results(mine, keep, **inputs), want)
+    indices = torch.tensor([[[0, 1]] * 6] * 2)
+    chosen = torch.arange(6) < 2
+    torch.testing.assert_close(
+        call(indices=indices), call(attention_mask=chosen.expand(6, 6).tril()[None, None])
+    )
+    pad = torch.ones(2, 4, dtype=torch.bool)
+    torch.testing.assert_close(call(indices=indices + 4, attention_mask=pad), torch.zeros(2, 6, 4, 8))
+
+
+def test_what_nobody_reads_may_come_along():
+    """Models pass on what they are given; their eager function does not take it, and none of their calls names it."""
+    mine, eager = pair("llama")
+    extra = dict(mm_token_type_ids=ids(), deterministic=True)
+    assert_close(*({"logits": m(ids(), **extra).logits} for m in (mine, eager)))
+    with pytest.raises(NotImplementedError, match="hands cache="):
+        mine(ids(), cache=torch.zeros(1))
+
+
+def test_a_model_whose_attention_hands_on_what_is_not_served():
+    """By name it is refused; patch leaves that model's attention, and lists it."""
+    Model, Config = of_transformers("inkling2.modeling_inkling2", "Inkling2ForCausalLM", "Inkling2TextConfig")
+    config = Config(
+        **DECODER, unpadded_vocab_size=V, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
+        sliding_window_size=5, rel_extent=16, d_rel=4, n_routed_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    mine, eager = same_weights(Model, config)
+    with pytest.raises(NotImplementedError, match="hands sinks="):
+        mine(ids())
+    want = eager(ids()).logits
+    report = fastattn.patch(eager)
+    assert report.attention == [] and any("hands on sinks" in reason for _, _, reason in report.skipped)
+    assert_close({"logits": eager(ids()).logits}, {"logits": want})
 
 
 def test_a_fully_masked_sample_is_finite():

@@ -7,9 +7,12 @@ is a flag of the kernels, and padding stays (B, S_k). Every other pattern is tra
 Letters: B batch, H heads, H_kv key heads, S_q queries, S_k keys, D head dim.
 """
 
+import ast
 import copy
 import functools
+import inspect
 import sys
+import textwrap
 import warnings
 
 import torch
@@ -37,40 +40,51 @@ NAME = "fastattn"
 
 # Arguments that models hand down to their attention and that say nothing about which pairs attend, or how.
 HARMLESS = frozenset(
-    """cache_position encoder_attention_mask encoder_hidden_states labels logits_to_keep num_items_in_batch
+    """cache_position deterministic encoder_attention_mask encoder_hidden_states labels logits_to_keep num_items_in_batch
     output_attentions output_hidden_states output_router_logits past_key_value past_key_values position_embeddings
     position_ids return_dict seq_idx token_type_ids use_cache""".split()
 )
 
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, *,
-              sliding_window=None, softcap=None, s_aux=None, position_bias=None, cu_seq_lens_q=None,
-              cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs):  # fmt: skip
+              sliding_window=None, softcap=None, s_aux=None, position_bias=None, indices=None,
+              cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs):  # fmt: skip
     """o (B, S_q, H, D_v), and the weights (B, H, S_q, S_k) where the model collects them; query (B, H, S_q, D), key (B, H_kv, S_k, D).
 
-    attention_mask of four dims, bool (True = attend) or float (added), says everything. None, or a padding mask (B, n) for
-    the first n keys, leaves the rest to is_causal, by default module.is_causal, which counts from the first key: that is what
-    transformers means where a static cache is longer than the prompt. A single query sees every key. sliding_window w then
-    leaves a query itself and the w - 1 keys before it (and after it, where nothing is causal). s_aux are sinks (H,);
-    position_bias is added to the scores; cu_seq_lens_q, _k (N + 1,) bound packed sequences, which do not see each other.
+    attention_mask of four dims, bool (True = attend) or float (added), says everything. A padding mask (B, n), of the first n
+    keys, is what `mask` makes of a causal pattern, which stays causal whatever the module says. None leaves that to
+    is_causal, by default module.is_causal, but for models that only know eager's masks, where None is every pair. Causal
+    counts from the first key: that is what transformers means where a static cache is longer than the prompt. A single query
+    sees every key. sliding_window w then leaves a query itself and the w - 1 keys before it (and after it, where nothing is
+    causal). indices (B, S_q, n) are the only keys that a query may attend to; s_aux are sinks (H,); position_bias is added to
+    the scores; cu_seq_lens_q, _k (N + 1,) bound packed sequences, which do not see each other.
 
     A query that may attend to nothing gives 0 (eager: the mean of the values). Collected weights are eager's, after dropout.
     NotImplementedError names an argument that is not served and would change the result.
     """
     for name, given in kwargs.items():
-        if name not in HARMLESS and given is not None and given is not False:
+        if name not in HARMLESS and given is not None and given is not False and _is_read(type(module), name):
             raise NotImplementedError(
                 f"fastattn: {type(module).__name__} hands {name}= to its attention, which is not served here and must not be "
                 'ignored; model.set_attn_implementation("eager") or "sdpa" goes back'
             )
-    S_q, packed = query.shape[2], cu_seq_lens_q is not None and cu_seq_lens_k is not None
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    S_q, S_k, packed = (
+        query.shape[2],
+        key.shape[2],
+        cu_seq_lens_q is not None and cu_seq_lens_k is not None,
+    )
+    if attention_mask is not None and attention_mask.dim() == 2:
+        causal = True
+    elif is_causal is None:
+        causal = getattr(module, "is_causal", True) and _knows_absent_masks(type(module))
+    else:
+        causal = is_causal
     causal = bool(causal) and S_q > 1
     window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
     options = dict(scale=scaling, softcap=softcap or 0.0, sinks=s_aux)
     collected = _collects_weights(module, kwargs)
 
-    if packed and attention_mask is None and position_bias is None and not collected:
+    if packed and attention_mask is None and position_bias is None and indices is None and not collected:
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
         longest = (_longest(cu_seq_lens_q, max_length_q), _longest(cu_seq_lens_k, max_length_k))
         options.update(causal=causal and "bottom_right", window=window, dropout_p=dropout)
@@ -96,6 +110,10 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     if packed:
         same = _sequence_of(query, cu_seq_lens_q)[..., None] == _sequence_of(key, cu_seq_lens_k)[..., None, :]
         allowed = same if allowed is None else allowed & same
+    if indices is not None:
+        chosen = torch.zeros(query.shape[0], 1, S_q, S_k, dtype=torch.bool, device=query.device)
+        chosen = chosen.scatter(-1, indices[:, None].long(), True)[..., : key.shape[2]]
+        allowed = chosen if allowed is None else allowed & chosen
     options.update(mask=allowed, bias=bias)
     if not collected:
         o, weights = functional.attention(query, key, value, dropout_p=dropout, **options), None
@@ -149,12 +167,82 @@ def _classes_beside(config_class):
 
 @functools.cache
 def _look_up(config_class):
+    classes, package = _classes_beside(config_class), config_class.__module__.rpartition(".")[0]
     return any(
         issubclass(cls, PreTrainedModel)
         and cls.config_class is config_class
         and (cls._supports_sdpa or cls._supports_flash_attn)
-        for cls in _classes_beside(config_class)
-    )
+        for cls in classes
+    ) and not any(_names_sdpa(cls) for cls in classes if cls.__module__.rpartition(".")[0] == package)
+
+
+def _names_sdpa(cls):
+    """Whether a class asks by name if it runs on "sdpa": it then does what only suits the masks of the names it knows."""
+    methods = [inspect.unwrap(f) for name, f in vars(cls).items() if callable(f) and name != "__init__"]
+    constants = [c for f in methods if hasattr(f, "__code__") for c in f.__code__.co_consts]
+    return any("sdpa" in (c if isinstance(c, tuple) else (c,)) for c in constants)
+
+
+def _pretrained_beside(cls):
+    """The model classes in the modules where a class and its bases are written."""
+    names = {base.__module__ for base in cls.__mro__} & sys.modules.keys()
+    found = [c for name in names for c in list(vars(sys.modules[name]).values()) if isinstance(c, type)]
+    return [c for c in found if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+
+
+@functools.cache
+def _written_for_sdpa(cls):
+    models = _pretrained_beside(cls)
+    return not models or any(c._supports_sdpa or c._supports_flash_attn for c in models)
+
+
+def _knows_absent_masks(cls):
+    """Whether an attention was written beside models that run on sdpa or flash attention, which read its is_causal."""
+    return _written_for_sdpa(cls)
+
+
+_knows_absent_masks._dynamo_marked_constant = True  # as below
+
+
+@functools.cache
+def _reads(cls):
+    """The arguments that the attention of a transformers class names where it calls, and those that eager's function takes."""
+    names = set()
+    for base in cls.__mro__:
+        eager = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        names |= set(inspect.signature(eager).parameters) if eager else set()
+        names |= _handed(base) if eager else set()
+    return names or None
+
+
+def _handed(cls):
+    """The keywords of the calls in a class's forward that hand `scaling` to an attention function."""
+    try:
+        source = textwrap.dedent(inspect.getsource(vars(cls)["forward"]))
+    except (KeyError, OSError, TypeError):
+        return set()
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    keywords = [{k.arg for k in call.keywords if k.arg} for call in calls]
+    return set().union(*[names for names in keywords if "scaling" in names])
+
+
+@functools.cache
+def _unserved(cls):
+    """What an attention class names in its calls that `attention` would refuse."""
+    served = inspect.signature(attention).parameters.keys() | HARMLESS
+    return frozenset(_handed(cls) - served) if _asks_the_table(cls) else frozenset()
+
+
+def _is_read(cls, name):
+    """Whether an argument of an attention's call may matter, and does not only come by: models pass on what they are given.
+
+    Not what no call names and eager's function does not take, as sdpa ignores it too; a paged cache comes so, and matters.
+    """
+    reads = _reads(cls)
+    return reads is None or name in reads or name == "cache"
+
+
+_is_read._dynamo_marked_constant = True  # as below
 
 
 @functools.cache
@@ -175,7 +263,8 @@ _warn_if_unasked._dynamo_marked_constant = True  # as below
 def _flags_causality(config_class):
     """Whether the models of a config were written for masks that may be absent, as they are for sdpa and flash attention.
 
-    Others have only ever run with eager's. They may lack the flag that says what an absent mask means, or change the mask.
+    Others have only ever run with eager's. They may lack the flag that says what an absent mask means, or change the mask; so
+    may those that ask for sdpa by its name.
     """
     return _look_up(config_class)
 
@@ -239,6 +328,13 @@ def attach(model, report):
         if not _asks(inner):
             reason = "its attention does not go through transformers' AttentionInterface, so that it cannot be switched"
             report.skipped.append((name, type(inner), reason))
+            continue
+        unserved = {(type(m), *sorted(_unserved(type(m)))) for m in inner.modules() if _unserved(type(m))}
+        if unserved:
+            report.skipped += [
+                (name, cls, f"its attention hands on {', '.join(names)}, which is not served here")
+                for cls, *names in unserved
+            ]
             continue
         if before == NAME:
             continue
