@@ -22,6 +22,7 @@ from fastattn.benchmarks import (
     report,
     run,
     suite,
+    tables,
     timing,
     tune,
     warm,
@@ -375,3 +376,105 @@ def test_tune_ranks_rows_and_names_wrong_ones(monkeypatch):
     ]
     assert "keep dict(TILE=1" in next(tune.proposals([best | {"us": 2.99}, shipped]))
     assert tune.table(found).row_count == 4
+
+
+def measured_row(op, provider, us, **more):
+    row = dict.fromkeys(measure.COLUMNS) | {
+        "op": op,
+        "shape": "M 65536, N 4096",
+        "dtype": "bfloat16",
+        "pass": "forward",
+        "provider": provider,
+    }
+    return (
+        row
+        | {"note": "", "failed": False, "median_us": us, "host_us": 2.0, "N": 4096, "elements": 2**28}
+        | more
+    )
+
+
+def results_of(rows, **more):
+    environment = {
+        "device": "a card",
+        "date": "2000-01-01 00:00 UTC",
+        "commit": "0",
+        "torch": "0",
+        "triton": "0",
+    }
+    return {"environment": environment, "on_gpu": True, "rows": rows} | more
+
+
+def test_the_readme_says_what_the_results_say():
+    assert tables.README.read_text() == tables.readme_text(), "python -m fastattn.benchmarks.tables readme"
+
+
+def test_the_tables_are_made_of_results(tmp_path):
+    assert tables.speed(tables.results(tmp_path)) == tables.NOTHING
+    rows = [
+        measured_row("softmax", "eager", 400.0),
+        measured_row("softmax", "compile", 350.0),
+        measured_row("softmax", "liger", 330.0),
+        measured_row("softmax", "quack", 320.0),
+        measured_row("softmax", "fastattn triton", 310.0, ceiling_share=0.91),
+        measured_row("softmax", "fastattn cuda", None, failed=True, note="wrong"),
+    ]
+    gpt = {
+        "model": "a GPT",
+        "tokens_per_s": {"eager": 1000.0},
+        "peak_mb": {"eager": 10.0},
+        "mfu": {"eager": 0.4},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(results_of(rows, gpt=gpt)))
+    (tmp_path / "cpu.json").write_text(json.dumps(results_of(rows) | {"on_gpu": False}))
+    said = tables.speed(tables.results(tmp_path))
+    line = "| softmax, M 65536, N 4096, forward | 400.0 µs | 350.0 µs | 320.0 µs (quack) | 310.0 µs | wrong | 91% | [a.json](benchmarks/results/a.json) |"
+    assert line in said and "cpu.json" not in said
+    assert "eager 1,000 tokens/s, 10 MB, MFU 40%" in said and "a card" in said
+    proven = tables.support({("triton", "softmax"): {(9, 0): "a.json"}})
+    assert "| softmax | never on a GPU | right on 9.0 ([seen](benchmarks/results/a.json)) |" in proven
+    assert "| bias_gelu | – | never on a GPU |" in proven and tables.support({}) == tables.UNSEEN
+    text = "x\n<!-- speed -->\nold\n<!-- /speed -->\ny"
+    assert tables.rewritten(text, {"speed": "new"}) == "x\n<!-- speed -->\nnew\n<!-- /speed -->\ny"
+    with pytest.raises(ValueError, match="no <!-- support"):
+        tables.rewritten(text, {"support": ""})
+
+
+def test_dispatch_rows_follow_the_winner():
+    rows = []
+    for M, N, us in (  # torch, triton, cuda; the host takes 2 us, Triton's 15
+        (8, 64, (5.0, 3.0, 4.0)),
+        (2**20, 64, (500.0, 300.0, 400.0)),
+        (8, 128, (5.0, 3.0, 4.0)),
+        (2**18, 128, (500.0, 300.0, 400.0)),
+        (2**10, 2**16, (500.0, 700.0, None)),
+    ):
+        for who, taken in zip(("eager", "fastattn triton", "fastattn cuda"), us, strict=True):
+            more = {
+                "shape": f"M {M}, N {N}",
+                "N": N,
+                "elements": M * N,
+                "host_us": 15.0 if "triton" in who else 2.0,
+            }
+            rows.append(measured_row("softmax", who, taken, **more))
+    lines = tables.dispatch(rows, "a.json")
+    Row, dtypes = backend.Row, (torch.bfloat16,)
+    found = [eval(line.rstrip(","), {"Row": Row, "torch": torch}) for line, _ in lines]
+    top = 2**62
+    assert found == [
+        Row(("softmax",), dtypes, (0, 1024), (0, 128), ("cuda", "torch", "triton"), "a.json"),
+        Row(("softmax",), dtypes, (1025, top), (0, 128), ("triton", "cuda", "torch"), "a.json"),
+        Row(("softmax",), dtypes, (0, top), (129, top), ("torch", "triton", "cuda"), "a.json"),
+    ]
+    assert (
+        lines[1][1]
+        == "1048576 x 64: triton 0.60, cuda 0.80, torch 1.00; 262144 x 128: triton 0.60, cuda 0.80, torch 1.00"
+    )
+    embeddings = [
+        measured_row(op, who, us)
+        for op in ("embeddings, BERT", "add_positional_encoding, learned")
+        for who, us in (("eager", 9.0), ("fastattn cuda", 6.0))
+    ]
+    assert (
+        "cuda 0.67" in tables.dispatch(embeddings, "a.json")[0][1]
+        and '("position",)' in tables.dispatch(embeddings, "a.json")[0][0]
+    )
