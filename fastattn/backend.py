@@ -189,6 +189,8 @@ def _first_willing(op, why_not, args, order):
     if name != "torch" or torch.compiler.is_compiling():
         return name, None
     text = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items() if reason)
+    if not text:
+        return name, "measured: stock torch is the fastest here"
     warnings.warn(f"{op} runs on stock torch ({text})", FallbackWarning, stacklevel=4)
     return name, text
 

@@ -45,6 +45,13 @@ def test_other_ops_keep_the_order():
     assert backend.preferred("linear_cross_entropy", torch.float16, 8, 8) == backend.ORDER
 
 
+def test_torch_by_a_measured_row_is_no_fallback(recwarn):
+    chosen, reason = backend._first_willing("softmax", {}, (torch.zeros(2, 3),), ("torch", "triton", "cuda"))
+    assert chosen == "torch" and "measured" in reason and not recwarn
+    assert backend._first_willing("softmax", {}, (torch.zeros(2, 3),), backend.ORDER)[0] == "torch"
+    assert "no cuda implementation" in str(recwarn.pop(backend.FallbackWarning).message)
+
+
 def test_rows_name_their_measurement():
     for row in backend.ROWS:
         assert set(row.ops) <= {*backend.ROW_OPS, "attention", "attention_decode"}
