@@ -35,6 +35,14 @@ def test_everything_compiles_without_a_spill(report):
     assert not found, "\n".join(found)
 
 
+def test_single_instructions_lose_nothing(tmp_path):
+    """Those of sm_90a among them, of which ptxas would say that it waits in between or ignores setmaxnreg."""
+    source = cuda_costs.ROOT / "csrc/emulation/tests/primitives.cu"
+    text = cuda_costs.compile_device(source, "90a", tmp_path)
+    found = [line for line in cuda_costs.complaints(text) if "C75" in line or "spill" in line.lower()]
+    assert "wgmma_shared" in text and not found, "\n".join(found)
+
+
 def test_gate_bites(tmp_path):
     text = cuda_costs.compile_device(cuda_costs.ROOT / "tests/data/bad_kernel.cu", "90a", tmp_path)
     found = "\n".join(cuda_costs.complaints(text))

@@ -87,10 +87,14 @@ def test_a_cuda_source_has_its_launchers(op):
 
 @pytest.mark.parametrize("path", CUDA_SOURCES, ids=lambda p: p.name)
 def test_what_only_nvcc_understands_has_one_place(path):
-    """Launches and shared memory by the macros of rt.cuh, instructions by the functions of ptx.cuh: all else runs emulated."""
+    """Launches and shared memory by the macros of rt.cuh, instructions by the functions of ptx.cuh and ptx_sm90.cuh: all else
+    runs emulated."""
     text = re.sub(r"//.*", "", path.read_text())
-    for pattern, place in (("<<<", "rt.cuh"), (r"\b__shared__\b", "rt.cuh"), (r"\basm\b", "ptx.cuh")):
-        assert path.name == place or not re.search(pattern, text), f"{path.name} has {pattern}: {place} does"
+    ptx = ("ptx.cuh", "ptx_sm90.cuh")
+    for pattern, places in (("<<<", ("rt.cuh",)), (r"\b__shared__\b", ("rt.cuh",)), (r"\basm\b", ptx)):
+        assert path.name in places or not re.search(pattern, text), (
+            f"{path.name} has {pattern}: {places[0]} does"
+        )
     assert "cooperative_groups" not in text
 
 

@@ -24,20 +24,11 @@
 #include <tuple>
 #include <vector>
 
-#include "emulation.h"
+#include "scheduler.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#endif
-#ifdef FASTATTN_TSAN
-#include <sanitizer/tsan_interface.h>
-extern "C" {
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
-}
 #endif
 
 namespace emulation {
@@ -50,7 +41,6 @@ constexpr size_t kSharedMax = 227 * 1024;         // per block, where a kernel h
 constexpr size_t kSharedUnasked = 48 * 1024;      // where it has not
 constexpr size_t kArena = 512 * 1024;             // what variables and their guards are spread over
 constexpr size_t kGuard = 64;                     // bytes around each shared variable that stay kPoison
-constexpr unsigned char kPoison = 0xff;           // NaN in every float type
 constexpr size_t kPage = 4096;
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStack = 256 * 1024;
@@ -106,13 +96,6 @@ struct Warp {
     uint32_t exited;
 };
 
-struct SharedVariable {
-    const void* key;
-    const char* name;
-    unsigned char* start;
-    size_t bytes;
-};
-
 #ifdef FASTATTN_RECORD
 // One instruction of a warp: by its address and how often its lanes have come there.
 struct Instruction {
@@ -138,6 +121,10 @@ struct Block {
     unsigned char* shared;  // fixed-size variables fill it from the top, the dynamic one from the bottom
     size_t shared_top, shared_dynamic_bytes;
     std::vector<SharedVariable> variables;
+
+    std::vector<std::pair<Fiber*, std::function<bool()>>> waiting;  // each until it is told that this holds
+    std::vector<std::function<void()>> work;
+    std::unique_ptr<BlockState> state;
 
     Body body;
     const void* arguments;
@@ -225,30 +212,6 @@ constexpr int kReturnWord = 11, kFrameWords = 20;
 #error "the emulation's switch between fibers is written for x86-64 and AArch64"
 #endif
 
-// What TSAN must be told. Kernels are instrumented for it and the engine is not: its own bookkeeping orders nothing, what
-// a barrier orders is said by release and acquire.
-#ifdef FASTATTN_TSAN
-void release(void* by) { __tsan_release(by); }
-void acquire(void* by) { __tsan_acquire(by); }
-// Around what a fiber does in the engine: library functions such as memmove are instrumented even so.
-struct Unseen {
-    Unseen() {
-        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-    }
-    ~Unseen() {
-        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-    }
-};
-#else
-void release(void*) {}
-void acquire(void*) {}
-struct Unseen {
-    ~Unseen() {}
-};
-#endif
-
 // Goes on with another fiber, or where run_block left off; for_good: this one is over.
 void switch_to(Fiber* to, bool for_good = false) {
     Fiber* from = self();
@@ -280,19 +243,6 @@ const char* base_name(const char* path) {
     abort();
 }
 
-std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
-std::string text(const char* format, ...) {
-    char buffer[512];
-    va_list list;
-    va_start(list, format);
-    vsnprintf(buffer, sizeof buffer, format, list);
-    va_end(list);
-    return buffer;
-}
-
-bool operator==(Place a, Place b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
-std::string text(Place place) { return text("%s:%d", base_name(place.file), place.line); }
-
 // Every thread waits for another: who waits where, by warp.
 [[noreturn]] void deadlock() {
     std::map<std::string, int> waiting;
@@ -302,11 +252,24 @@ std::string text(Place place) { return text("%s:%d", base_name(place.file), plac
     for (const auto& [where, lanes] : waiting)
         if (message.size() < 400) message += text(" %d of %s;", lanes, where.c_str());
     if (block->threads != block->live) message += text(" %d threads have exited;", block->threads - block->live);
+    if (block->state) message += block->state->waited_for();
     message.back() = ' ';
     fail_with(message);
 }
 
+// What hardware does by itself gets its turn: in REVERSE when nothing else can, the latest first, else at any time.
+void let_work_go_on() {
+    auto& work = block->work;
+    while (!work.empty() && (block->runnable.empty() || (block->order >= RANDOM && block->draw() % 4 == 0))) {
+        const auto chosen = work.begin() + (block->order == REVERSE ? work.size() - 1 : block->draw() % work.size());
+        const auto doing = std::move(*chosen);
+        work.erase(chosen);
+        doing();
+    }
+}
+
 Fiber* pick() {
+    let_work_go_on();
     auto& runnable = block->runnable;
     if (runnable.empty()) return nullptr;
     auto chosen = runnable.begin();
@@ -400,7 +363,12 @@ Fiber* next_after_me() {
     warp.exited |= 1u << me->lane;
     for (const Meeting& m : warp.meetings)
         if (m.mask >> me->lane & 1) fail(m.place, "%s waits for lane %d, which exits", m.name, me->lane);
-    if (!block->live) check_guards("at the end");
+    if (block->state) block->state->thread_exits(me->index);
+    if (!block->live) {
+        if (!block->work.empty()) fail(me->place, "the block ends while copies to its shared memory are under way");
+        if (block->state) block->state->block_ends();
+        check_guards("at the end");
+    }
     open_barrier_if_all_came();
     Fiber* next = pick();
     if (block->live && !next) deadlock();
@@ -464,6 +432,9 @@ void run_block(Block& b, int64_t index) {
     b.runnable.clear();
     b.at_barrier.clear();
     b.variables.clear();
+    b.waiting.clear();
+    b.work.clear();
+    b.state.reset();
     b.shared_top = kArena;
     b.main_stack_bytes = 0;
     b.warps.assign((b.threads + 31) / 32, Warp{});
@@ -648,6 +619,51 @@ void fail(Place place, const char* format, ...) {
     fail_with(text("thread (%u, %u, %u), %s: ", t.x, t.y, t.z, text(place).c_str()) + buffer);
 }
 
+std::string text(const char* format, ...) {
+    char buffer[512];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(buffer, sizeof buffer, format, list);
+    va_end(list);
+    return buffer;
+}
+
+std::string text(Place place) { return text("%s:%d", base_name(place.file), place.line); }
+
+Running running() { return {self()->index, self()->warp, self()->lane, block->threads}; }
+
+std::unique_ptr<BlockState>& block_state() { return block->state; }
+
+void wait_until(const char* name, const std::function<bool()>& ready, Place place) {
+    perhaps_preempt(place);
+    while (!ready()) {
+        block->waiting.emplace_back(self(), ready);
+        wait(name, place);
+    }
+}
+
+void something_changed() {
+    auto& waiting = block->waiting;
+    for (size_t i = 0; i < waiting.size();) {
+        if (!waiting[i].second()) {
+            i++;
+            continue;
+        }
+        block->runnable.push_back(waiting[i].first);
+        waiting.erase(waiting.begin() + i);
+    }
+}
+
+void give_way(const char* name, Place place) { let_others_go_first(name, place); }
+
+bool perhaps_now() { return block->order == FIFO || (block->order != REVERSE && block->draw() % 2); }
+
+void do_later(std::function<void()> work) { block->work.push_back(std::move(work)); }
+
+const std::vector<SharedVariable>& shared_variables() { return block->variables; }
+
+Span shared_memory() { return {block->shared, kArena}; }
+
 void sync_threads(Place place) {
     const Unseen unseen;
     if (block->at_barrier.empty()) block->barrier_place = place;
@@ -779,9 +795,8 @@ void copy_async(void* to, const void* from, size_t read, size_t bytes, Place pla
     const auto instruction = static_cast<const char*>(__builtin_return_address(0));
     if (read) record(instruction, false, from, read);
     record(instruction + 1, true, to, bytes);  // counted apart: lanes that read nothing write too
-    const bool now = block->order == FIFO || (block->order != REVERSE && block->draw() % 2);
     const Copy copy{to, from, read, bytes, self()->copy_group};
-    if (now) {
+    if (perhaps_now()) {
         copy.make();
     } else {
         memset(to, kPoison, bytes);

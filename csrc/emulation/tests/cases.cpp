@@ -9,6 +9,7 @@
 
 #include "../../attention.cuh"
 #include "../engine.h"
+#include "cases_sm90.h"
 
 namespace {
 
@@ -301,7 +302,12 @@ struct Case {
     dim3 grid, block;
     size_t smem;
     bool (*right)(const float*);
+    int (*launch)(float*) = nullptr;  // where a kernel needs more than floats
 };
+template <Bug kBug>
+Case of_ring(const char* name) {
+    return {name, nullptr, 1, 1, 0, ring_right, launch_ring<kBug>};
+}
 const Case cases[] = {
     {"shuffles", shuffles, 1, 32, 0, shuffles_right},
     {"votes", votes, 1, 32, 0, all_ones},
@@ -340,6 +346,36 @@ const Case cases[] = {
     {"too_much_asked", votes, 1, 32, 50000, all_ones},
     {"empty_grid", votes, 0, 32, 0, all_ones},
     {"large_block", votes, 1, 1025, 0, all_ones},
+    of_ring<Bug::kNone>("ring"),
+    of_ring<Bug::kNoFullWait>("ring_no_full_wait"),
+    of_ring<Bug::kNoEmptyWait>("ring_no_empty_wait"),
+    of_ring<Bug::kNoExpect>("ring_no_expect"),
+    of_ring<Bug::kExpectsMore>("ring_expects_more"),
+    of_ring<Bug::kOneParity>("ring_one_parity"),
+    of_ring<Bug::kReleasedEarly>("ring_released_early"),
+    of_ring<Bug::kNoProductsWait>("ring_no_products_wait"),
+    of_ring<Bug::kWaitsForFewer>("ring_waits_for_fewer"),
+    of_ring<Bug::kWritesAccumulator>("ring_writes_accumulator"),
+    of_ring<Bug::kNoProductsFence>("ring_no_products_fence"),
+    of_ring<Bug::kThreeWarps>("ring_three_warps"),
+    of_ring<Bug::kNoInitFence>("ring_no_init_fence"),
+    of_ring<Bug::kNoBarrierAfterInit>("ring_no_barrier_after_init"),
+    of_ring<Bug::kOverwritten>("ring_overwritten"),
+    of_ring<Bug::kNoStoreFence>("ring_no_store_fence"),
+    of_ring<Bug::kNoStoreBarrier>("ring_no_store_barrier"),
+    of_ring<Bug::kNoStoreWait>("ring_no_store_wait"),
+    of_ring<Bug::kNoReadWait>("ring_no_read_wait"),
+    of_ring<Bug::kOtherSwizzle>("ring_other_swizzle"),
+    of_ring<Bug::kSwapped>("ring_swapped"),
+    of_ring<Bug::kOtherStep>("ring_other_step"),
+    of_ring<Bug::kTileMisaligned>("ring_tile_misaligned"),
+    of_ring<Bug::kTooManyRegisters>("ring_too_many_registers"),
+    {"hand_over", hand_over<true, true>, 1, 128, 0, handed_over},
+    {"no_mbarrier_wait", hand_over<false, true>, 1, 128, 0, handed_over},
+    {"other_count", hand_over<true, false>, 1, 128, 0, handed_over},
+    {"left_registers", left_registers<false>, 1, 128, 2048, all_ones},
+    {"left_registers_early", left_registers<true>, 1, 128, 2048, all_ones},
+    {"refuses_maps", nullptr, 1, 1, 0, all_ones, refuses_maps},
     {"approximations", approximations, 1, 1, 0, [](const float* out) { return out[0] == 1; }},
 };
 
@@ -350,7 +386,7 @@ int main(int argc, char** argv) {
     for (const Case& c : cases) {
         if (argc < 2 || std::string(argv[1]) != c.name) continue;
         alignas(16) static float out[1024];
-        const int code = KLAUNCH(c.kernel, c.grid, c.block, c.smem, nullptr, out);
+        const int code = c.launch ? c.launch(out) : KLAUNCH(c.kernel, c.grid, c.block, c.smem, nullptr, out);
         puts(code ? emulation::last_error().c_str() : c.right(out) ? "right" : "wrong");
 #ifdef FASTATTN_RECORD
         for (const auto& [name, t] : emulation::traffic())

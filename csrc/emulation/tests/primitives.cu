@@ -1,11 +1,13 @@
 // What single instructions compute, on a GPU or in the emulation: primitives NAME prints the words that its threads leave, in
-// hexadecimal. tests/primitives.py builds both programs and compares.
+// hexadecimal; without a name, all of them and what each needs. tests/primitives.py builds both programs and compares.
 
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
 #include "../../ptx.cuh"
+#include "primitives_sm90.cuh"
 
 #ifdef FASTATTN_EMULATION
 #include "../engine.h"
@@ -139,7 +141,18 @@ struct Primitive {
     void (*kernel)(const uint32_t*, uint32_t*);
     int threads, words;  // words: that it leaves
     size_t smem;
+    const char* needs = "";
+    int (*launch)(const uint32_t*, uint32_t*) = nullptr;  // where a kernel needs more than words
+
+    int run(const uint32_t* in, uint32_t* out) const {
+        return launch ? launch(in, out) : KLAUNCH(kernel, 1, threads, smem, nullptr, in, out);
+    }
 };
+constexpr char kSm90[] = "sm_90a";
+template <bool kAcross, Swizzle kSwizzle>
+constexpr auto* wgmma_half = wgmma_shared<__half, kAcross, kSwizzle>;
+template <bool kAcross, Swizzle kSwizzle>
+constexpr auto* wgmma_bfloat = wgmma_shared<__nv_bfloat16, kAcross, kSwizzle>;
 const Primitive primitives[] = {
     {"shuffles", shuffles, 32, 224, 0},
     {"conversions", conversions, 32, kWords, 0},
@@ -156,12 +169,38 @@ const Primitive primitives[] = {
     {"logarithms_of_two", logarithms_of_two, 32, kWords, 0},
     {"quotients", quotients, 32, kWords, 0},
     {"ends_of_powers", ends_of_powers, 1, 11, 0},
+    {"mbarriers", mbarriers, 64, 46, 0, kSm90},
+    {"named_barriers", named_barriers, 128, 64, 0, kSm90},
+    {"registers", registers, 384, 384, 0, kSm90},
+    {"load_none", nullptr, 0, 512, 0, kSm90, launch_tensor_load<Swizzle::kNone, 3>},
+    {"load_32", nullptr, 0, 128, 0, kSm90, launch_tensor_load<Swizzle::k32, 3>},
+    {"load_64", nullptr, 0, 256, 0, kSm90, launch_tensor_load<Swizzle::k64, 3>},
+    {"load_128", nullptr, 0, 512, 0, kSm90, launch_tensor_load<Swizzle::k128, 3>},
+    {"load_4d", nullptr, 0, 512, 0, kSm90, launch_tensor_load<Swizzle::k128, 4>},
+    {"store_none", nullptr, 0, 1376, 0, kSm90, launch_tensor_store<Swizzle::kNone>},
+    {"store_128", nullptr, 0, 1376, 0, kSm90, launch_tensor_store<Swizzle::k128>},
+    {"wgmma_along_none", wgmma_bfloat<false, Swizzle::kNone>, 128, 2048, 24576, kSm90},
+    {"wgmma_across_none", wgmma_half<true, Swizzle::kNone>, 128, 2048, 24576, kSm90},
+    {"wgmma_along_32", wgmma_bfloat<false, Swizzle::k32>, 128, 2048, 24576, kSm90},
+    {"wgmma_across_32", wgmma_half<true, Swizzle::k32>, 128, 2048, 24576, kSm90},
+    {"wgmma_along_64", wgmma_bfloat<false, Swizzle::k64>, 128, 2048, 24576, kSm90},
+    {"wgmma_across_64", wgmma_half<true, Swizzle::k64>, 128, 2048, 24576, kSm90},
+    {"wgmma_along_128", wgmma_bfloat<false, Swizzle::k128>, 128, 2048, 24576, kSm90},
+    {"wgmma_across_128", wgmma_half<true, Swizzle::k128>, 128, 2048, 24576, kSm90},
+    {"wgmma_registers_along", wgmma_registers<__half, false, 32>, 128, 2048, 24576, kSm90},
+    {"wgmma_registers_across", wgmma_registers<__nv_bfloat16, true, 64>, 128, 4096, 24576, kSm90},
+    {"tiles_along_32", nullptr, 0, 2048, 0, kSm90, launch_tiles<__half, false, Swizzle::k32>},
+    {"tiles_across_32", nullptr, 0, 2048, 0, kSm90, launch_tiles<__nv_bfloat16, true, Swizzle::k32>},
+    {"tiles_along_64", nullptr, 0, 2048, 0, kSm90, launch_tiles<__half, false, Swizzle::k64>},
+    {"tiles_across_64", nullptr, 0, 2048, 0, kSm90, launch_tiles<__nv_bfloat16, true, Swizzle::k64>},
+    {"tiles_along_128", nullptr, 0, 2048, 0, kSm90, launch_tiles<__half, false, Swizzle::k128>},
+    {"tiles_across_128", nullptr, 0, 2048, 0, kSm90, launch_tiles<__nv_bfloat16, true, Swizzle::k128>},
 };
 
 #ifdef FASTATTN_EMULATION
 const char* run(const Primitive& p, const std::vector<uint32_t>& in, std::vector<uint32_t>& out) {
     static std::string said;
-    if (KLAUNCH(p.kernel, 1, p.threads, p.smem, nullptr, in.data(), out.data()) == 0) return nullptr;
+    if (p.run(in.data(), out.data()) == 0) return nullptr;
     said = emulation::last_error();
     return said.c_str();
 }
@@ -172,7 +211,7 @@ const char* run(const Primitive& p, const std::vector<uint32_t>& in, std::vector
     if (!code) code = cudaMalloc(&left, out.size() * 4);
     if (!code) code = cudaMemcpy(on_gpu, in.data(), in.size() * 4, cudaMemcpyHostToDevice);
     if (!code) code = cudaMemset(left, 0xff, out.size() * 4);
-    if (!code) code = KLAUNCH(p.kernel, 1, p.threads, p.smem, nullptr, on_gpu, left);
+    if (!code) code = static_cast<cudaError_t>(p.run(on_gpu, left));
     if (!code) code = cudaMemcpy(out.data(), left, out.size() * 4, cudaMemcpyDeviceToHost);
     return code ? cudaGetErrorString(code) : nullptr;
 }
@@ -181,6 +220,9 @@ const char* run(const Primitive& p, const std::vector<uint32_t>& in, std::vector
 }  // namespace
 
 int main(int argc, char** argv) {
+#ifdef FASTATTN_EMULATION
+    if (argc > 3) emulation::schedule(static_cast<emulation::Order>(atoi(argv[2])), atoi(argv[3]));
+#endif
     for (const Primitive& p : primitives) {
         if (argc < 2 || p.name != std::string(argv[1])) continue;
         std::vector<uint32_t> in(kWords), out(p.words, 0xffffffffu);
@@ -198,6 +240,6 @@ int main(int argc, char** argv) {
         for (uint32_t word : out) printf("%08x ", word);
         return 0;
     }
-    for (const Primitive& p : primitives) puts(p.name);
+    for (const Primitive& p : primitives) printf("%s %s\n", p.name, p.needs);
     return 2;
 }
