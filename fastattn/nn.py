@@ -17,8 +17,18 @@ from fastattn import backend, functional
 SOFTMAX_WIDENED = backend.autocast_devices("softmax.int")
 
 
+def _refuse_script(self):
+    # torch.jit.script asks before it compiles; what it would say of our code names neither the module nor a way out
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile fastattn's {type(self).__name__}; torch.jit.trace and torch.export can take it, or "
+        "script the model as torch's modules compute it (after fastattn.unpatch, or built of torch.nn's classes)"
+    )
+
+
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm on functional.layer_norm. Left to torch: nested tensors."""
+
+    __prepare_scriptable__ = _refuse_script
 
     out_dtype = None  # here and below, as the function's: "input" keeps the input's dtype under autocast
 
@@ -34,6 +44,8 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm on functional.rms_norm. Left to torch: nested tensors."""
 
+    __prepare_scriptable__ = _refuse_script
+
     out_dtype = None
 
     def forward(self, x):
@@ -46,6 +58,8 @@ class RMSNorm(nn.RMSNorm):
 class Softmax(nn.Softmax):
     """torch.nn.Softmax on functional.softmax. Left to torch: nested tensors, and dim=None, which it deprecates and guesses."""
 
+    __prepare_scriptable__ = _refuse_script
+
     out_dtype = None
 
     def forward(self, input):
@@ -57,6 +71,8 @@ class Softmax(nn.Softmax):
 
 class LogSoftmax(nn.LogSoftmax):
     """torch.nn.LogSoftmax on functional.log_softmax. Left to torch: what Softmax leaves to it."""
+
+    __prepare_scriptable__ = _refuse_script
 
     out_dtype = None
 
@@ -91,6 +107,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     in torch 2.13 with need_weights=False; torch gives NaN with need_weights=True and in its inference kernel. The output
     is contiguous, with batch_first too.
     """
+
+    __prepare_scriptable__ = _refuse_script
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
                 average_attn_weights=True, is_causal=False):  # fmt: skip
@@ -225,6 +243,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     Left to torch's forward: nested tensors.
     """
 
+    __prepare_scriptable__ = _refuse_script
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         _take_over(self)
@@ -254,6 +274,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     As TransformerEncoderLayer; masks are torch's own, True = ignore, tgt_mask (L, L) and memory_mask (L, S). A subclass
     that overrides torch's `_sa_block`, `_mha_block` or `_ff_block` overrides forward here. Left to torch's forward: nested tensors.
     """
+
+    __prepare_scriptable__ = _refuse_script
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -301,6 +323,8 @@ class Transformer(nn.Transformer):
 
     A custom_encoder or custom_decoder stays as it is. The encoder makes no nested tensors of a padded batch.
     """
+
+    __prepare_scriptable__ = _refuse_script
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -361,6 +385,8 @@ class SinusoidalPositionalEncoding(nn.Module):
     parameters and no longest sequence; "Attention Is All You Need" has scale = sqrt(C).
     """
 
+    __prepare_scriptable__ = _refuse_script
+
     def __init__(self, dim, dropout=0.0, scale=1.0):
         super().__init__()
         self.dim, self.dropout, self.scale = dim, dropout, scale
@@ -381,6 +407,8 @@ class LearnedPositionalEncoding(nn.Module):
 
     Position pos of a row is its index plus offset, or position_ids. The table starts at N(0, 0.02).
     """
+
+    __prepare_scriptable__ = _refuse_script
 
     def __init__(self, num_positions, dim, dropout=0.0, scale=1.0, device=None, dtype=None):
         super().__init__()
@@ -413,6 +441,8 @@ class Embeddings(nn.Module):
     Positions, types and the norm are optional (num_positions=0, num_types=0, norm=False). Absent type_ids are 0, absent
     position_ids 0 .. S-1. The parameter names are those of BERT's embeddings; tables start at N(0, 0.02), padding_idx at 0.
     """
+
+    __prepare_scriptable__ = _refuse_script
 
     def __init__(self, num_tokens, dim, num_positions=0, num_types=0, *, norm=True, eps=1e-12, padding_idx=None,
                  dropout=0.0, device=None, dtype=None):  # fmt: skip

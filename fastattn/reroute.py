@@ -15,13 +15,15 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch._jit_internal import boolean_dispatched
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastattn import backend, functional
+from fastattn.ops.attention import is_causal_bias
 
 stock_attention, stock_multi_head = F.scaled_dot_product_attention, F.multi_head_attention_forward
 stock_layer_norm, stock_rms_norm = F.layer_norm, F.rms_norm
-stock_softmax, stock_log_softmax = torch.softmax, torch.log_softmax
+stock_functional_softmax, stock_functional_log_softmax = F.softmax, F.log_softmax
 
 
 def accelerated():
@@ -68,6 +70,9 @@ def enable():
                 continue
             _replaced.append((owner, name, found, name in vars(owner)))
             setattr(owner, name, OURS[found])
+            # TorchScript, which cannot compile ours, takes torch's: as a choice between that and the same
+            choice = dict(if_true=found, if_false=found, index=sys.maxsize, default=True, arg_name="")
+            boolean_dispatched.setdefault(OURS[found], choice)
         _fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
@@ -77,20 +82,51 @@ def disable():
     with _lock:
         if not _replaced:
             return
-        for owner, name, found, own in _replaced:
-            if getattr(owner, name) is not OURS[found]:
+        for row in _replaced:
+            if not _put_back(*row) and not _lent:
+                owner, name = row[:2]
                 warnings.warn(
                     f"disable: {owner.__name__}.{name} was replaced again; it is left", stacklevel=2
                 )
-            elif own:
-                setattr(owner, name, found)
-            else:
-                delattr(owner, name)
         _replaced.clear()
         torch.backends.mha.set_fastpath_enabled(_fastpath)
 
 
+def _put_back(owner, name, found, own):
+    if getattr(owner, name) is not OURS[found]:
+        return False
+    if own:
+        setattr(owner, name, found)
+    else:
+        delattr(owner, name)
+    return True
+
+
+def _stock(function, *args, **kwargs):
+    """A call that is torch's own business. A tensor subclass may compare the function that it is told of with what torch's places
+    hold, so they hold torch's until it returns; calls of other threads run on torch meanwhile.
+    """
+    global _lent
+    if not _replaced or torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    with _lock:
+        _lent += 1
+        if _lent == 1:
+            for row in _replaced:
+                _put_back(*row)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        with _lock:
+            _lent -= 1
+            if not _lent:
+                for owner, name, found, _ in _replaced:
+                    if getattr(owner, name) == found:
+                        setattr(owner, name, OURS[found])
+
+
 _lock = threading.Lock()
+_lent = 0  # calls of _stock that have not returned
 _replaced = []  # (owner, name, what was there, whether it was the owner's own and not inherited)
 _fastpath = True
 
@@ -102,47 +138,62 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
                                  enable_gqa=False):  # fmt: skip
     options = dict(scale=scale, enable_gqa=enable_gqa)
     args = (query, key, value, attn_mask, dropout_p, is_causal)
-    if _place_is_taken() or _foreign("attention", query, key, value, attn_mask):
-        return stock_attention(*args, **options)
+    tensors = (query, key, value) if is_causal_bias(attn_mask) else args[:4]
+    if _place_is_taken() or _foreign("attention", *tensors):
+        return _stock(stock_attention, *args, **options)
     return functional.scaled_dot_product_attention(*args, **options)
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    function = stock_layer_norm if _foreign("layer_norm", input, weight, bias) else functional.layer_norm
-    return function(input, normalized_shape, weight, bias, eps)
+    if _foreign("layer_norm", input, weight, bias):
+        return _stock(stock_layer_norm, input, normalized_shape, weight, bias, eps)
+    return functional.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):
-    function = stock_rms_norm if _foreign("rms_norm", input, weight) else functional.rms_norm
-    return function(input, normalized_shape, weight, eps)
+    if _foreign("rms_norm", input, weight):
+        return _stock(stock_rms_norm, input, normalized_shape, weight, eps)
+    return functional.rms_norm(input, normalized_shape, weight, eps)
 
 
 def torch_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
     return layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-def softmax(input, dim, dtype=None, *, out=None):
-    if not isinstance(dim, int) or out is not None or _foreign("softmax", input):
-        return stock_softmax(input, dim, dtype=dtype, **({} if out is None else {"out": out}))
-    return functional.softmax(input, dim, dtype)
+def _for_softmax(op, stock):
+    """What takes the place of `stock`, a builtin of torch's that computes `op`."""
+
+    def function(*args, **kwargs):
+        if kwargs.keys() <= {"dim", "dtype"} and 1 <= len(args) <= 3:
+            options = dict(zip(("dim", "dtype"), args[1:], strict=False))
+            if len(options) + len(kwargs) == len(options | kwargs):
+                options |= kwargs
+                if isinstance(options.get("dim"), int) and not _foreign(op, args[0]):
+                    return getattr(functional, op)(args[0], options["dim"], options.get("dtype"))
+        return _stock(stock, *args, **kwargs)  # out=, named dims, numpy's names of arguments, errors
+
+    function.__name__ = function.__qualname__ = op
+    return function
 
 
-def log_softmax(input, dim, dtype=None, *, out=None):
-    if not isinstance(dim, int) or out is not None or _foreign("log_softmax", input):
-        return stock_log_softmax(input, dim, dtype=dtype, **({} if out is None else {"out": out}))
-    return functional.log_softmax(input, dim, dtype)
+torch_softmax = _for_softmax("softmax", torch.softmax)
+torch_log_softmax = _for_softmax("log_softmax", torch.log_softmax)
 
 
 def functional_softmax(input, dim=None, _stacklevel=3, dtype=None):
+    if _foreign("softmax", input):
+        return _stock(stock_functional_softmax, input, dim, _stacklevel, dtype)
     if dim is None:  # torch warns, and guesses
         dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
-    return softmax(input, dim, dtype)
+    return torch_softmax(input, dim, dtype)
 
 
 def functional_log_softmax(input, dim=None, _stacklevel=3, dtype=None):
+    if _foreign("log_softmax", input):
+        return _stock(stock_functional_log_softmax, input, dim, _stacklevel, dtype)
     if dim is None:
         dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
-    return log_softmax(input, dim, dtype)
+    return torch_log_softmax(input, dim, dtype)
 
 
 def _never(tensors):
@@ -168,8 +219,9 @@ _multi_head_in_ours = _rebound(
 
 
 def multi_head_attention_forward(query, key, value, *args, **kwargs):
-    function = stock_multi_head if _place_is_taken() else _multi_head_in_ours
-    return function(query, key, value, *args, **kwargs)
+    if _place_is_taken() or any(map(_overrides, (query, key, value, *args, *kwargs.values()))):
+        return _stock(stock_multi_head, query, key, value, *args, **kwargs)
+    return _multi_head_in_ours(query, key, value, *args, **kwargs)
 
 
 def _place_is_taken():
@@ -184,15 +236,23 @@ def _foreign(op, *tensors):
             continue
         if not isinstance(t, torch.Tensor):
             return True
+        if _overrides(t):
+            with torch._C.DisableTorchFunctionSubclass():  # it is not told of our look at its device
+                backend.leave_to_torch(op, f"a {type(t).__name__} has torch functions of its own", t)
+            return True
         if t.is_nested:
             backend.leave_to_torch(op, "nested tensors take torch's own kernels", t)
             return True
-        if type(t) not in (torch.Tensor, torch.nn.Parameter) and (
-            type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
-        ):
-            backend.leave_to_torch(op, f"a {type(t).__name__} has torch functions of its own", t)
-            return True
     return False
+
+
+def _overrides(t):
+    """Whether t is a tensor of a class with torch functions of its own."""
+    return (
+        isinstance(t, torch.Tensor)
+        and type(t) not in (torch.Tensor, torch.nn.Parameter)
+        and type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
+    )
 
 
 # torch's entries to a backward pass, as they are with no mode on.
@@ -223,12 +283,12 @@ OURS = {
     stock_rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     F.softmax: functional_softmax,
-    torch.softmax: softmax,
-    torch.special.softmax: softmax,
-    torch.Tensor.softmax: softmax,
+    torch.softmax: torch_softmax,
+    torch.special.softmax: _for_softmax("softmax", torch.special.softmax),
+    torch.Tensor.softmax: _for_softmax("softmax", torch.Tensor.softmax),
     F.log_softmax: functional_log_softmax,
-    torch.log_softmax: log_softmax,
-    torch.special.log_softmax: log_softmax,
-    torch.Tensor.log_softmax: log_softmax,
+    torch.log_softmax: torch_log_softmax,
+    torch.special.log_softmax: _for_softmax("log_softmax", torch.special.log_softmax),
+    torch.Tensor.log_softmax: _for_softmax("log_softmax", torch.Tensor.log_softmax),
     stock_multi_head: multi_head_attention_forward,
 }

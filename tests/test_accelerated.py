@@ -359,3 +359,140 @@ def test_nothing_warns():
         warnings.simplefilter("error")
         with enabled(), fastattn.accelerated():
             Model().to(DEVICE)(X)
+
+
+class Told(torch.Tensor):
+    """A tensor that keeps what functions it was told of, and whether torch's places held them then."""
+
+    told = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.told.append((func, func in [getattr(owner, name) for owner, name in reroute.PLACES]))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension")
+def test_subclasses_are_told_of_torchs_functions():
+    told, q, weight, A = X.as_subclass(Told), Q.as_subclass(Told), WEIGHT.as_subclass(Told), ATTENTION
+    calls = [
+        lambda: F.scaled_dot_product_attention(Q, q, Q),
+        lambda: F.layer_norm(told, [E]),
+        lambda: F.rms_norm(X, [E], weight),
+        lambda: F.softmax(told),
+        lambda: torch.softmax(told, 1),
+        lambda: torch.special.log_softmax(told, dim=1),
+        lambda: told.log_softmax(1),
+        lambda: F.log_softmax(told, dim=1),
+        lambda: F.multi_head_attention_forward(told, X, X, E, H, A.in_proj_weight, A.in_proj_bias, None, None, False, 0.0,
+                                               A.out_proj.weight, A.out_proj.bias),
+    ]  # fmt: skip
+
+    def heard():
+        first = []
+        for call in calls:
+            Told.told.clear()
+            call()
+            first.append(Told.told[0])
+        return first
+
+    expected = heard()
+    with enabled():
+        assert heard() == expected
+        assert F.softmax is reroute.functional_softmax
+    assert all(in_place for _, in_place in expected)
+
+
+def test_what_a_subclass_does_meanwhile_may_end_it():
+    class Ending(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            fastattn.disable()
+            return super().__torch_function__(func, types, args, kwargs)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.enable()
+        F.softmax(X.as_subclass(Ending), -1)
+    assert F.softmax is reroute.stock_functional_softmax and "softmax" not in vars(torch.Tensor)
+
+
+def corner(name, *lengths):
+    from torch.nn.attention import bias
+
+    return getattr(bias, f"causal_{name}")(*lengths)
+
+
+@WAYS
+@pytest.mark.parametrize("by", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["upper_left", "lower_right"])
+@pytest.mark.parametrize("L, S", [(5, 9), (7, 7)])
+def test_causal_biases(way, by, name, L, S):
+    q, k = rand(2, H, L, 16).requires_grad_(), rand(2, H, S, 16).requires_grad_()
+    bias = corner(name, L, S)
+    expected = F.scaled_dot_product_attention(q, k, k, bias._materialize(DEVICE))
+    with way(), fastattn.use_backend(by):
+        before = backend.calls.copy()
+        got = F.scaled_dot_product_attention(q, k, k, bias)
+        assert (backend.calls - before)["attention", by]
+        alone = F.scaled_dot_product_attention(q[0], k[0], k[0], attn_mask=bias)
+        with pytest.raises(ValueError, match="should not be used with causal=True"):
+            F.scaled_dot_product_attention(q, k, k, bias, is_causal=True)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(alone, expected[0])
+    dy = torch.randn_like(got)
+    for pair in zip(*(torch.autograd.grad(o, (q, k), dy) for o in (got, expected)), strict=True):
+        torch.testing.assert_close(*pair)
+
+
+def test_a_causal_bias_of_other_lengths_is_refused():
+    with fastattn.use_backend("triton"), pytest.raises(NotImplementedError, match="other lengths"):
+        fastattn.functional.scaled_dot_product_attention(Q, Q, Q, corner("lower_right", 3, 5))
+
+
+@WAYS
+def test_a_causal_bias_in_compiled_code(way):
+    function, _ = compiled(lambda q, k, bias: F.scaled_dot_product_attention(q, k, k, bias))
+    k = rand(2, H, 9, 16)
+    for name in ("upper_left", "lower_right"):
+        bias = corner(name, 5, 9)
+        expected = F.scaled_dot_product_attention(Q, k, k, bias._materialize(DEVICE))
+        with way():
+            torch.testing.assert_close(function(Q, k, bias), expected)
+
+
+@WAYS
+def test_numpys_names_of_arguments(way):
+    expected = [torch.softmax(X, 1), X.log_softmax(0)]
+    with way():
+        assert torch.equal(torch.softmax(X, axis=1), expected[0])
+        assert torch.equal(torch.softmax(x=X, dim=1), expected[0])
+        assert torch.equal(X.log_softmax(axis=0), expected[1])
+        for wrong in (
+            lambda: torch.softmax(X),
+            lambda: torch.softmax(X, 1, dim=1),
+            lambda: X.softmax("a", 1.0),
+        ):
+            with pytest.raises(TypeError, match="softmax"):
+                wrong()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripts_are_made_of_torchs_functions():
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.Sequential(nn.LayerNorm(E), nn.RMSNorm(E), nn.Softmax(-1), nn.LogSoftmax(-1))
+            self.attention, self.layer = ATTENTION, LAYER
+
+        def forward(self, x):
+            y = self.attention(self.norms(x), x, x)[0]
+            y = torch.softmax(y, 1) + y.softmax(0) + F.scaled_dot_product_attention(y, y, y)
+            return self.layer(y)
+
+    model = Scripted().to(DEVICE)
+    with enabled():
+        script = torch.jit.script(model)
+        ran = counted(lambda: torch.testing.assert_close(script(X), model(X)))
+        assert ran  # of the model; a script is counted nowhere
+        assert not counted(lambda: script(X))

@@ -509,3 +509,20 @@ def test_embeddings():
         plain(ids, types)
     with pytest.raises(ValueError, match="set num_positions"):
         plain(ids, position_ids=ids)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", ["LayerNorm", "Softmax", "MultiheadAttention", "TransformerEncoderLayer", "Embeddings"]
+)
+def test_scripting_is_refused_with_a_way_out(name):
+    args = {
+        "Softmax": (-1,),
+        "MultiheadAttention": (8, 2),
+        "TransformerEncoderLayer": (8, 2),
+        "Embeddings": (8, 8),
+    }
+    module = getattr(nn, name)(*args.get(name, (8,)))
+    for model in (module, torch.nn.Sequential(module)):
+        with pytest.raises(NotImplementedError, match=f"cannot compile fastattn's {name}.*trace"):
+            torch.jit.script(model)

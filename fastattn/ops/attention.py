@@ -104,26 +104,41 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     """torch.nn.functional.scaled_dot_product_attention, argument for argument: softmax(scale * q k^T + mask) v.
 
     query (..., H, L, E), key (..., H, S, E), value (..., H, S, E_v); attn_mask broadcast to (..., L, S), bool (True = attend) or
-    float (added, may require grad). What the kernels cannot serve goes to torch's own function, errors included.
+    float (added, may require grad), or one of torch.nn.attention.bias. What the kernels cannot serve goes to torch's own
+    function, errors included.
     """
     _check_context()
+    stock, causal = stock_attention, is_causal
+    if is_causal_bias(attn_mask):
+        if is_causal:
+            raise ValueError(
+                "scaled_dot_product_attention: CausalBias should not be used with causal=True; leave one of them out"
+            )
+        # not stock_attention, which would ask the bias whether torch's function is in its place; under enable() it is not
+        stock, causal = attn_mask._dispatch, "bottom_right"
+        if attn_mask.variant.name == "UPPER_LEFT" or attn_mask.seq_len_q == attn_mask.seq_len_kv:
+            causal = "top_left"
     # torch divides by that number
     if enable_gqa and any(t.dim() > 2 and t.shape[-3] == 0 for t in (key, value)):
         raise ValueError("scaled_dot_product_attention: enable_gqa with a key or value of no heads")
     if attn_mask is None and not dropout_p:
         if (o := _attend_usually(query, key, value, is_causal, scale, enable_gqa)) is not None:
             return o
-    if backend.in_parts(query) and not dropout_p:
+    if backend.in_parts(query) and not dropout_p and causal is is_causal:
         found = _sdpa_on_parts(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if found is not NotImplemented:
             return found
     if backend.stock_only(OP, query):
-        return stock_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     try:
+        if causal == "bottom_right" and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (
+            query.shape[-2],
+            key.shape[-2],
+        ):
+            raise ValueError("attn_mask is a CausalBias of other lengths than query and key have")
+        mask = None if is_causal_bias(attn_mask) else attn_mask
         (q, k, v, bias, mask), batch = _as_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            query, key, value, mask, dropout_p, causal, scale, enable_gqa
         )
     except (ValueError, RuntimeError) as e:
         problem = str(e)
@@ -132,12 +147,15 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         extras = (bias, mask, None, None, None, None, None, None)
         chosen = backend.choose(OP, WHY_NOT, q, k, v, extras, False, N=k.shape[2])
     if chosen == "torch":
-        return stock_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    options = _options(q, (q.shape[2], k.shape[2]), is_causal, None, 0.0, dropout_p, scale)
+        return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    options = _options(q, (q.shape[2], k.shape[2]), causal, None, 0.0, dropout_p, scale)
     o = _launch(chosen, q, k, v, extras, options, False)[0]
     return o if query.dim() == key.dim() == 4 else o.reshape(*batch, *o.shape[-2:])
+
+
+def is_causal_bias(t):
+    """Whether t is a CausalBias of torch.nn.attention.bias, told by name: a call without one shall not wait for the import."""
+    return type(t).__name__ == "CausalBias" and isinstance(t, torch.Tensor)
 
 
 def _check_context():
