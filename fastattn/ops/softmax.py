@@ -131,7 +131,10 @@ def _torch_scaled_masked_softmax(scores, mask, scale, causal):
         below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         mask = below if mask is None else mask & below
     s = s if mask is None else s.masked_fill(~mask, -math.inf)
-    empty = (s == -math.inf).all(-1, keepdim=True)  # their softmax would be NaN, and so would their gradient
+    if not s.shape[-1]:
+        return stock_softmax(s, -1)
+    # the softmax of -inf alone would be NaN, and so would its gradient
+    empty = s.detach().amax(-1, keepdim=True) == -math.inf
     return stock_softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 
 
