@@ -12,8 +12,10 @@ from test_transformers import DECODER, KINDS, PADDING, assert_close, ids, pair, 
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.moshi.modeling_moshi import MoshiRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -29,6 +31,7 @@ CLASSES = {
     norms.rms_norm: [LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Olmo2RMSNorm, T5LayerNorm],
     norms.layer_norm: [CohereLayerNorm],
     norms.shifted_rms_norm: [GemmaRMSNorm, Gemma3RMSNorm],
+    norms.widened_rms_norm: [Gemma3nRMSNorm, MoshiRMSNorm],
 }
 
 
@@ -90,6 +93,22 @@ def test_what_computes_something_else_is_left_and_listed(forward):
     assert norms.formula(same) is norms.rms_norm
     elsewhere = type("UsersRMSNorm", (LlamaRMSNorm,), {"__module__": "mine"})
     assert norms.formula(elsewhere) is None
+
+
+def scaled_twice(self, x):
+    output = self._norm(x.float())
+    if self.with_scale:
+        output = output * self.weight.float()
+    return output.type_as(x) if self.with_scale else output.type_as(x).float().mean(-1)
+
+
+def test_gemmas_norm_without_a_weight():
+    module = Gemma3nRMSNorm(C, eps=1e-3, with_scale=False)
+    swapped, x = copy.deepcopy(module), torch.randn(3, C)
+    assert fastattn.patch(swapped).swapped
+    torch.testing.assert_close(swapped(x), module(x))
+    body = {"__module__": "transformers.models.alike", "forward": scaled_twice}
+    assert norms.formula(type("AlikeRMSNorm", (Gemma3nRMSNorm,), body)) is None
 
 
 def exact(cls):

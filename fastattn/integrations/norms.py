@@ -17,7 +17,9 @@ from fastattn import functional as ours
 
 PACKAGES = ("transformers.", "transformers_modules.")  # the second: code that comes with a checkpoint
 FORWARD = frozenset("dtype to torch float32 pow mean rsqrt variance_epsilon weight".split())
-SHIFTED = frozenset("_norm float weight type_as".split()), frozenset("torch rsqrt pow mean eps".split())
+# Gemma's and those written after it, which may have a flag for the weight and a power in place of the root.
+WIDENED = frozenset("_norm float weight type_as".split())
+ROOTS = frozenset("torch rsqrt pow mean eps".split()), frozenset("torch pow mean eps".split())
 
 
 def rms_norm(self, hidden_states):
@@ -43,6 +45,14 @@ def shifted_rms_norm(self, x):
     return ours.rms_norm(x, self.weight.shape, 1.0 + self.weight.float(), self.eps, out_dtype="input")
 
 
+def widened_rms_norm(self, x):
+    """weight * x / sqrt(mean(x^2) + eps), as Gemma 4 and Moshi have it: all in fp32, the result in x's dtype. Gemma's may be without weight."""
+    weight = self.weight.float() if getattr(self, "with_scale", True) else None
+    if weight is not None and weight.dim() != 1:
+        return _leave(self, f"the weight is {tuple(weight.shape)}, not one row", x)
+    return ours.rms_norm(x, x.shape[-1:], weight, self.eps, out_dtype="input")
+
+
 def _why_not(weight, x):
     if weight.dim() != 1:
         return f"the weight is {tuple(weight.shape)}, not one row"
@@ -59,33 +69,42 @@ FORMULAS = {
     rms_norm: lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 0.3),
     layer_norm: lambda x, weight: F.layer_norm(x, x.shape[-1:], weight, None, 0.3),
     shifted_rms_norm: lambda x, weight: F.rms_norm(x, x.shape[-1:], 1.0 + weight, 0.3),
+    widened_rms_norm: lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 0.3),
 }
 
 
 @functools.cache
 def formula(cls):
-    """Which of the three functions above computes what cls.forward does, or None."""
+    """Which of the four functions above computes what cls.forward does, or None."""
     if not cls.__module__.startswith(PACKAGES) or not isinstance(cls.forward, types.FunctionType):
         return None
     names = _names(cls.forward)
     if names - {"float16", "bfloat16"} == FORWARD:  # T5's asks for these two
         candidates = (rms_norm, layer_norm)
-    elif names == SHIFTED[0] and _names(getattr(cls, "_norm", None)) == SHIFTED[1]:
-        candidates = (shifted_rms_norm,)
+    elif names - {"with_scale"} == WIDENED and _names(getattr(cls, "_norm", None)) in ROOTS:
+        candidates = (shifted_rms_norm, widened_rms_norm)
     else:
         return None
     generator = torch.Generator().manual_seed(0)
     x, weight = 1.0 + torch.randn(5, 8, generator=generator), torch.randn(8, generator=generator)
-    module = types.SimpleNamespace(weight=weight, variance_epsilon=0.3, eps=0.3)
+    module = types.SimpleNamespace(weight=weight, variance_epsilon=0.3, eps=0.3, with_scale=True)
     if hasattr(cls, "_norm"):
         module._norm = types.MethodType(cls._norm, module)
     try:
         with torch.no_grad():
             y = cls.forward(module, x)
+            module.with_scale = False
+            unscaled = cls.forward(module, x) if "with_scale" in names else None
     except Exception:  # it needs more than the names told
         return None
-    agree = [f for f in candidates if y.shape == x.shape and torch.allclose(y, FORMULAS[f](x, weight), 1e-4, 1e-5)]  # fmt: skip
+    agree = [f for f in candidates if _alike(y, FORMULAS[f](x, weight))]
+    if unscaled is not None and not (agree == [widened_rms_norm] and _alike(unscaled, FORMULAS[widened_rms_norm](x, None))):  # fmt: skip
+        return None
     return agree[0] if agree else None
+
+
+def _alike(y, expected):
+    return y.shape == expected.shape and torch.allclose(y, expected, 1e-4, 1e-5)
 
 
 def _names(function):

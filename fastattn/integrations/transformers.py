@@ -142,7 +142,7 @@ def mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mas
     kwargs.update(batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, local_size=local_size)
     kwargs.update(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip)
     if "config" in kwargs:
-        _warn_if_unasked(type(kwargs["config"]))
+        _say_if_unasked(type(kwargs["config"]))
     if "config" in kwargs and not _flags_causality(type(kwargs["config"])):
         return eager_mask(mask_function=mask_function, **where, **kwargs)
     whole = local_size is None and kv_offset == 0 and not torch.compiler.is_exporting()
@@ -257,7 +257,11 @@ def _warn_if_unasked(config_class):
         )
 
 
-_warn_if_unasked._dynamo_marked_constant = True  # as below
+def _say_if_unasked(config_class):
+    _warn_if_unasked(config_class)
+
+
+_say_if_unasked._dynamo_marked_constant = True  # as below
 
 
 def _flags_causality(config_class):
