@@ -93,7 +93,8 @@ def case(what, size, lens, S, dtype, fresh, outputs, learns, forward, backward=N
     def make(device):
         ids = torch.randint(1, SIZES[size].get("vocab_size", BERTConfig.vocab_size), (len(lens), S))
         keep = torch.arange(S) < torch.tensor(lens)[:, None]
-        made = [p.detach().to(device, dtype).requires_grad_(learns) for p in fresh().parameters()]
+        with device:
+            made = [p.detach().to(dtype).requires_grad_(learns) for p in fresh().parameters()]
         return ids.to(device), keep.to(device), *made
 
     def run(unpad):
@@ -127,4 +128,6 @@ def case(what, size, lens, S, dtype, fresh, outputs, learns, forward, backward=N
         reference=stock,
         forward=forward,
         backward=backward,
+        tokens=sum(lens),
+        model=True,
     )

@@ -7,10 +7,11 @@ import torch
 
 from fastattn import backend, check
 from fastattn.benchmarks import timing
+from fastattn.models.training import peak_flops
 
 COLUMNS = (
     "op", "shape", "dtype", "pass", "provider", "median_us", "p20_us", "p80_us", "sustained_us", "graph_us", "host_us",
-    "predicted_us", "tb_s", "ceiling_share", "tflop_s", "matmul_share", "cycle_share", "speedup", "peak_mb", "error",
+    "predicted_us", "tokens_s", "mfu", "tb_s", "ceiling_share", "tflop_s", "matmul_share", "cycle_share", "speedup", "peak_mb", "error",
     "eager_error", "elements", "N", "sm_mhz", "power_w", "note", "failed",
 )  # fmt: skip
 
@@ -54,6 +55,8 @@ def providers(case, device):
     found |= {
         f"fastattn {name}": (case.providers["fastattn"], name) for name in backend.ORDER if name != "torch"
     }
+    if case.model and (backend.PROVEN or backend.verdict(device)):
+        found["fastattn"] = (case.providers["fastattn"], None)
     peers = {n: f for n, f in case.providers.items() if f is not None and n not in ("eager", "fastattn")}
     return found | {name: (function, None) for name, function in peers.items()}
 
@@ -209,20 +212,20 @@ def _time_on_gpu(case, inputs, calls, rows, direction, seconds, device):
             row["sustained_us"], row["sm_mhz"], row["power_w"] = timing.sustained(once, seconds)
             row["peak_mb"] = timing.peak_memory(lambda f=function: _whole(f, inputs, direction)) / 1e6
             try:
-                row["graph_us"] = _graph(function, forced, rotated, direction)
+                row["graph_us"] = _graph(function, forced, rotated, direction, row["median_us"])
             except Exception as e:  # what cannot be captured is told, not hidden
                 torch.cuda.synchronize()
                 row["note"] = f"no CUDA graph: {_first_line(e)}"
 
 
-def _graph(function, forced, rotated, direction):
+def _graph(function, forced, rotated, direction, microseconds):
     stream = (
         torch.cuda.Stream()
     )  # autograd runs a backward on the stream of its forward, which must be the captured one
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls = [one_pass(function, forced, inputs, direction, False) for inputs in rotated]
-    return timing.graph_time(calls, stream)
+    return timing.graph_time(calls, stream, microseconds)
 
 
 def _whole(function, inputs, direction):
@@ -244,8 +247,12 @@ def _derive(row, eager, case, ceilings, device):
     row["tb_s"] = moved / row["median_us"] / 1e6
     if work.flops:
         row["tflop_s"] = work.flops / row["median_us"] / 1e6
+    if case.tokens:
+        row["tokens_s"] = case.tokens / row["median_us"] * 1e6
     if not timing.is_gpu(device):
         return
+    if work.flops and (peak := peak_flops(device)):
+        row["mfu"] = work.flops / row["median_us"] * 1e6 / peak
     if eager and eager["median_us"]:
         row["speedup"] = eager["median_us"] / row["median_us"]
     if work.flops and "matmul" in ceilings:

@@ -107,6 +107,8 @@ def cells(row, on_gpu):
         yield from (
             (name, _number(row[f"{name}_us"])) for name in ("sustained", "graph", "host", "predicted")
         )
+    if row["tokens_s"]:
+        rate = f"{row['tokens_s']:,.0f} tok/s" + (f", MFU {row['mfu']:.0%}" if row["mfu"] else "")
     yield "rate", rate or ""
     if on_gpu:
         yield "ceiling", f"{share:.0%}" if share else ""

@@ -44,6 +44,10 @@ class Case:
     # What backend.ROWS asks of a call: the elements it writes and the length of a row. None: the op has no rows there.
     elements: int | None = None
     N: int | None = None
+    tokens: int | None = None  # of a model's pass
+    model: bool = (
+        False  # of several ops, so that a GPU also times it as each op is dispatched, where that is to ours
+    )
     # Where a float64 reference of everything would not fit: tensor -> the part of it that is checked, such that
     # reference(part of each input) is the part of each output, and the same for gradients.
     part: Callable | None = None

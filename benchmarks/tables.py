@@ -59,8 +59,8 @@ def speed(found):
     if not found:
         return NOTHING
     lines = [
-        "| case | torch | torch.compile | best other | `triton` | `cuda` | share | file |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | torch | torch.compile | best other | `triton` | `cuda` | as dispatched | share | file |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for op, shape in SHOWN:
         cases = {}
@@ -77,7 +77,7 @@ def speed(found):
 
 
 def speed_line(case, rows, name):
-    named = ("eager", "compile", "fastattn triton", "fastattn cuda")
+    named = ("eager", "compile", "fastattn triton", "fastattn cuda", "fastattn")
     others = [row for provider, row in rows.items() if provider not in named and row["median_us"]]
     best = min(others, key=lambda row: row["median_us"], default=None)
     ours = [rows[p] for p in named[2:] if p in rows and rows[p]["median_us"]]

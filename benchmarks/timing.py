@@ -88,18 +88,22 @@ def one_event(call):
     return before.elapsed_time(after) * 1e3
 
 
-def graph_time(calls, stream):
-    """Microseconds a call inside one CUDA graph, captured on `stream`, that walks `calls` (distinct inputs) in turn."""
+def graph_time(calls, stream, microseconds):
+    """Microseconds a call inside one CUDA graph, captured on `stream`, that walks `calls` (distinct inputs) in turn.
+
+    The graph has GRAPH_CALLS of them, fewer where these would take longer than 50 ms by `microseconds` a call.
+    """
+    count = max(1, min(GRAPH_CALLS, int(50_000 / microseconds)))
     with torch.cuda.stream(stream):
         for call in calls:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for i in range(GRAPH_CALLS):
+        for i in range(count):
             calls[i % len(calls)]()
     graph.replay()
-    return statistics.median(one_event(graph.replay) for _ in range(5)) / GRAPH_CALLS
+    return statistics.median(one_event(graph.replay) for _ in range(5)) / count
 
 
 def sustained(call, seconds=1.0):

@@ -37,9 +37,9 @@ Op = Annotated[list[str] | None, typer.Option(help="Only these; may be given sev
 Out = Annotated[pathlib.Path, typer.Option(help="Folder of the results.")]
 
 
-def _console():
+def _console(width=180):
     # Into a file or a pipe a table would be cut at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 180)
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def _device(name):
@@ -215,7 +215,8 @@ def bench(
     if data is not None and not data.is_file():
         raise typer.BadParameter(f"--data {data}: no such file")
     chosen = ["host"] if host else op or (run.OPS if sweep else run.EVERYTHING)
-    failures = run.run(_console(), _device(device), chosen, quick, out, data, limit, sweep)
+    # a GPU's rows have more columns
+    failures = run.run(_console(270), _device(device), chosen, quick, out, data, limit, sweep)
     raise typer.Exit(bool(failures))
 
 

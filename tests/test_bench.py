@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import importlib
 import json
 import time
 import types
@@ -10,6 +11,7 @@ import unittest.mock
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from fastattn import backend, cli, cuda, functional
@@ -24,6 +26,7 @@ from fastattn.benchmarks import (
     suite,
     tables,
     timing,
+    top_kernels,
     tune,
     warm,
 )
@@ -427,7 +430,7 @@ def test_the_tables_are_made_of_results(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(results_of(rows, gpt=gpt)))
     (tmp_path / "cpu.json").write_text(json.dumps(results_of(rows) | {"on_gpu": False}))
     said = tables.speed(tables.results(tmp_path))
-    line = "| softmax, M 65536, N 4096, forward | 400.0 µs | 350.0 µs | 320.0 µs (quack) | 310.0 µs | wrong | 91% | [a.json](benchmarks/results/a.json) |"
+    line = "| softmax, M 65536, N 4096, forward | 400.0 µs | 350.0 µs | 320.0 µs (quack) | 310.0 µs | wrong |  | 91% | [a.json](benchmarks/results/a.json) |"
     assert line in said and "cpu.json" not in said
     assert "eager 1,000 tokens/s, 10 MB, MFU 40%" in said and "a card" in said
     proven = tables.support({("triton", "softmax"): {(9, 0): "a.json"}})
@@ -477,4 +480,34 @@ def test_dispatch_rows_follow_the_winner():
     assert (
         "cuda 0.67" in tables.dispatch(embeddings, "a.json")[0][1]
         and '("position",)' in tables.dispatch(embeddings, "a.json")[0][0]
+    )
+
+
+def test_the_kernels_of_a_case_are_listed(capsys, monkeypatch):
+    right = bench_layer_norm.cases
+    monkeypatch.setattr(bench_layer_norm, "cases", lambda device, quick: right(device, True))
+    top_kernels.main("layer_norm", "M 1", provider="fastattn", direction="backward", rows=5)
+    said = capsys.readouterr().out
+    assert "layer_norm, M 1, N 8, backward, fastattn" in said and "aten::" in said
+    for wrong in ({"shape": "M 7"}, {"provider": "flash"}):
+        with pytest.raises(typer.BadParameter, match=next(iter(wrong.values()))):
+            top_kernels.main("layer_norm", **({"provider": "fastattn"} | wrong))
+
+
+@pytest.mark.parametrize("file", ["bert", "generate", "transformers"])
+def test_models_say_their_tokens(file):
+    pytest.importorskip("transformers")
+    (case, *_) = importlib.import_module(f"fastattn.benchmarks.bench_{file}").cases(CPU, True)
+    rows = measure.measure(case, CPU, {}, 0.01)
+    assert [row["note"] for row in rows] == ["", ""]
+    for row in rows:
+        assert row["tokens_s"] == pytest.approx(case.tokens / row["median_us"] * 1e6)
+        assert "tok/s" in dict(report.cells(row, on_gpu=False))["rate"]
+    assert (
+        dict(
+            report.cells(
+                rows[0] | {"median_us": None, "tokens_s": None, "tflop_s": None, "tb_s": None}, False
+            )
+        )["rate"]
+        == ""
     )
