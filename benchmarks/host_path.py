@@ -1,6 +1,7 @@
 """What Python costs before a kernel starts, per call: our ops against torch's own, in one process, on tiny tensors.
 
-The kernels are stubbed, so this needs no GPU. Backend cuda is the emulated extension with its launches left out: Python,
+On a GPU the calls are whole ones, launches included, on tensors so small that the device never is what is waited for. Without one
+the kernels are stubbed. Backend cuda is the emulated extension with its launches left out: Python,
 the boundary and the checks in C are those of a GPU, cudaLaunchKernel (2 µs) and the look-up of the stream are not there.
 Backend triton has launchers here that allocate their outputs and return, without Triton's own launch (some microseconds
 more). The `host` column of a run on a GPU has all of it.
@@ -56,14 +57,18 @@ CALLS = {
 COLUMNS = ("no grad", "forward", "forward + backward")
 
 
-def host_paths(seconds=0.5):
+def host_paths(seconds=0.5, device="cpu"):
     """[{backend, op, of, torch: µs, fastattn: µs, ratio}] for each backend, op and way of calling it."""
+    ways = {"cuda": launches_left_out, "triton": _stub_launchers}
+    if torch.device(device).type == "cuda":
+        ways = dict.fromkeys(ways, lambda: contextlib.nullcontext(True))
     rows, threads = [], torch.get_num_threads()
     # lengths, whose values are looked at where they lie on the CPU
     unread = unittest.mock.patch.object(backend, "readable", lambda t: False)
     torch.set_num_threads(1)  # torch's own ops would wake a pool of them for these few numbers
-    for name, stubbed in (("cuda", launches_left_out), ("triton", _stub_launchers)):
+    for name, stubbed in ways.items():
         for op, (stock, ours, inputs) in CALLS.items():
+            inputs = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in inputs)
             with stubbed() as possible, unread, backend.use_backend(name):
                 if not (possible and _serves(ours, inputs)):
                     continue

@@ -56,7 +56,7 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
         console.print(_pairs("Measured just now: TB/s, t0, TFLOP/s", results["ceilings"]))
         console.print(warm.compile_all(device, chosen, quick, sweep, (limit or 900) / 3))
     seconds = (
-        (0.15 if sweep else 0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
+        (0.08 if sweep else 0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
     )
     with _progress(console) as progress:
         task = progress.add_task("ops", total=len(cases))
@@ -75,7 +75,7 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
                 report.write(results, out)
     failures = sum(row["failed"] for row in results["rows"])
     if "host" in chosen:
-        results["host_path"] = host_path.host_paths(0.1 if quick else 0.3)
+        results["host_path"] = host_path.host_paths(0.1 if quick else 0.3, device)
     if "gpt" in chosen:
         with _progress(console) as progress:
             results["gpt"], wrong = bench_gpt.run(device, quick, data, progress)
@@ -90,8 +90,9 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
             if timing.is_gpu(device):
                 console.print(f"{op} {direction}, {provider}: T = {t0:.1f} µs + bytes / {rate:.2f} TB/s")
     if "host" in chosen:
-        console.print(_host_table(results["host_path"]))
-        results["said"]["Host path"] = _text(_host_table(results["host_path"]))
+        table = _host_table(results["host_path"], device)
+        console.print(table)
+        results["said"]["Host path"] = _text(table)
     if "gpt" in chosen:
         said = bench_gpt.tell(results["gpt"], wrong)
         console.print(said, markup=False, highlight=False)
@@ -117,10 +118,9 @@ def _pairs(title, pairs):
     return table
 
 
-def _host_table(rows):
-    table = Table(
-        title="Host path, µs a call, kernels stubbed (see benchmarks/host_path.py)", title_justify="left"
-    )
+def _host_table(rows, device):
+    how = "launches included" if timing.is_gpu(device) else "kernels stubbed (see benchmarks/host_path.py)"
+    table = Table(title=f"Host path, µs a call, {how}", title_justify="left")
     names = ("backend", "op", "way")
     for heading in (*names, "torch", "fastattn", "× torch"):
         table.add_column(heading, justify="left" if heading in names else "right")
