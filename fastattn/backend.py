@@ -302,6 +302,13 @@ def transform_why_not():
     return None
 
 
+def need_tensors(op, **tensors):
+    """TypeError unless each is a tensor."""
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, must be a torch.Tensor")
+
+
 def plain_why_not(*tensors):
     """What every fused launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
     compiling = torch.compiler.is_compiling()
@@ -375,6 +382,8 @@ def run(name, backend, op, *args):
 
 @functools.cache
 def launcher(name, backend, op):
+    if backend == "triton" and interpreting():
+        importlib.import_module("fastattn.interpreter")  # else bfloat16 is silently wrong
     module = MODULES[backend] + op
     return getattr(importlib.import_module(module), name)
 

@@ -7,6 +7,8 @@ like any refused op, and raises under use_backend("triton") or use_backend("cuda
 Letters: N batch, L query length, S key length, E width, H heads, D = E / H.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -245,6 +247,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     __prepare_scriptable__ = _refuse_script
 
+    @functools.wraps(nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         _take_over(self)
@@ -277,6 +280,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     __prepare_scriptable__ = _refuse_script
 
+    @functools.wraps(nn.TransformerDecoderLayer.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         _take_over(self)
@@ -326,6 +330,7 @@ class Transformer(nn.Transformer):
 
     __prepare_scriptable__ = _refuse_script
 
+    @functools.wraps(nn.Transformer.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for stack, kind in ((self.encoder, nn.TransformerEncoder), (self.decoder, nn.TransformerDecoder)):

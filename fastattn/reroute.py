@@ -8,6 +8,7 @@ keeps torch's function. docs/swap.md lists what neither reaches.
 """
 
 import contextlib
+import inspect
 import sys
 import threading
 import types
@@ -168,7 +169,7 @@ def _for_softmax(op, stock):
             options = dict(zip(("dim", "dtype"), args[1:], strict=False))
             if len(options) + len(kwargs) == len(options | kwargs):
                 options |= kwargs
-                if isinstance(options.get("dim"), int) and not _foreign(op, args[0]):
+                if type(options.get("dim")) is int and not _foreign(op, args[0]):
                     return getattr(functional, op)(args[0], options["dim"], options.get("dtype"))
         return _stock(stock, *args, **kwargs)  # out=, named dims, numpy's names of arguments, errors
 
@@ -230,9 +231,9 @@ def _place_is_taken():
 
 
 def _foreign(op, *tensors):
-    """Whether the arguments are torch's own business; counted, unless they are an error of the caller's."""
-    for t in tensors:
-        if t is None:
+    """Whether the arguments are torch's own business; counted, unless they are an error of the caller's. The first is needed."""
+    for i, t in enumerate(tensors):
+        if t is None and i:
             continue
         if not isinstance(t, torch.Tensor):
             return True
@@ -292,3 +293,6 @@ OURS = {
     torch.Tensor.log_softmax: _for_softmax("log_softmax", torch.Tensor.log_softmax),
     stock_multi_head: multi_head_attention_forward,
 }
+for stock, ours in OURS.items():
+    if isinstance(stock, types.FunctionType):
+        ours.__signature__ = inspect.signature(stock)

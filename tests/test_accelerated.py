@@ -1,6 +1,7 @@
 """accelerated and enable: which calls of torch's functions they bring to ours, in which threads and graphs, and that they end."""
 
 import contextlib
+import inspect
 import pathlib
 import re
 import subprocess
@@ -496,3 +497,30 @@ def test_scripts_are_made_of_torchs_functions():
         ran = counted(lambda: torch.testing.assert_close(script(X), model(X)))
         assert ran  # of the model; a script is counted nowhere
         assert not counted(lambda: script(X))
+
+
+def test_signatures_are_torchs():
+    places = [(owner, name) for owner, name in reroute.PLACES if inspect.isfunction(getattr(owner, name))]
+    expected = [inspect.signature(getattr(*place)) for place in places]
+    with enabled():
+        assert [inspect.signature(getattr(*place)) for place in places] == expected
+    assert len(places) == 5
+    for name in ("LayerNorm", "RMSNorm", "Softmax", "LogSoftmax", "MultiheadAttention", "TransformerEncoderLayer",
+                 "TransformerDecoderLayer", "Transformer"):  # fmt: skip
+        assert inspect.signature(getattr(fastattn.nn, name)) == inspect.signature(getattr(nn, name)), name
+
+
+def test_what_is_no_tensor_gets_torchs_error():
+    calls = [
+        lambda: F.layer_norm(None, (8,)),
+        lambda: torch.softmax(None, 1),
+        lambda: F.scaled_dot_product_attention(Q, None, Q),
+        lambda: torch.softmax(X, True),
+        lambda: F.rms_norm(X.numpy(force=True), (E,)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError) as stock:
+            call()
+        with enabled(), pytest.raises(TypeError) as ours:
+            call()
+        assert str(ours.value) == str(stock.value)

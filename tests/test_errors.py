@@ -1,5 +1,9 @@
 """Bad input is a Python exception that names the argument, on every backend, and never a crash."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -165,3 +169,94 @@ def test_wide_heads_fall_back_to_stock_torch():
     torch.testing.assert_close(
         f.attention(wide, wide, wide), torch.nn.functional.scaled_dot_product_attention(wide, wide, wide)
     )
+
+
+NO_TENSORS = {
+    "attention q": lambda t: f.attention(t, K, K),
+    "attention bias": lambda t: f.attention(Q, K, K, bias=t),
+    "attention mask": lambda t: f.attention(Q, K, K, mask=t),
+    "attention kv_lens": lambda t: f.attention(Q, K, K, kv_lens=t),
+    "attention_varlen cu_seqlens_q": lambda t: f.attention_varlen(PACKED, PACKED, PACKED, t, CU, 4, 4),
+    "attention_decode q": lambda t: f.attention_decode(t, K, K, LENS),
+    "attention_decode cache_lens": lambda t: f.attention_decode(Q, K, K, t),
+    "scaled_dot_product_attention query": lambda t: f.scaled_dot_product_attention(t, Q, Q),
+    "scaled_dot_product_attention value": lambda t: f.scaled_dot_product_attention(Q, Q, t),
+    "softmax x": lambda t: f.softmax(t),
+    "log_softmax x": lambda t: f.log_softmax(t),
+    "scaled_masked_softmax scores": lambda t: f.scaled_masked_softmax(t),
+    "scaled_masked_softmax mask": lambda t: f.scaled_masked_softmax(X, t),
+    "layer_norm x": lambda t: f.layer_norm(t, (8,)),
+    "layer_norm weight": lambda t: f.layer_norm(X, (8,), t),
+    "rms_norm x": lambda t: f.rms_norm(t, (8,)),
+    "add_layer_norm x": lambda t: f.add_layer_norm(t, X, (8,)),
+    "add_rms_norm residual": lambda t: f.add_rms_norm(X, t, (8,)),
+    "bias_gelu x": lambda t: f.bias_gelu(t, W),
+    "bias_gelu bias": lambda t: f.bias_gelu(X, t),
+    "linear_cross_entropy hidden": lambda t: f.linear_cross_entropy(t, TABLE, IDS[0]),
+    "linear_cross_entropy weight": lambda t: f.linear_cross_entropy(X[0], t, IDS[0]),
+    "linear_cross_entropy targets": lambda t: f.linear_cross_entropy(X[0], TABLE, t),
+    "add_positional_encoding x": lambda t: f.add_positional_encoding(t),
+    "add_positional_encoding table": lambda t: f.add_positional_encoding(X, t),
+    "embeddings input_ids": lambda t: f.embeddings(t, TABLE),
+    "embeddings token_table": lambda t: f.embeddings(IDS, t),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forced", [None, "triton"])
+@pytest.mark.parametrize("name", NO_TENSORS)
+def test_what_is_no_tensor_is_named(name, forced):
+    argument = name.split()[1]
+    for wrong in (X.numpy(), [1.0, 2.0], 3):
+        with backend.use_backend(forced), pytest.raises(TypeError, match=rf"\b{argument}\b.*must be.*Tensor"):
+            NO_TENSORS[name](wrong)
+
+
+@pytest.mark.parametrize("forced", [None, "triton"])
+def test_shapes_and_dims_of_other_types(forced):
+    with backend.use_backend(forced):
+        for wrong in (8, torch.tensor([8]), (8.0,), ("8",), (True,)):
+            for norm in (f.layer_norm, f.rms_norm):
+                with pytest.raises(TypeError, match="normalized_shape"):
+                    norm(X, wrong)
+        for wrong in (1.0, True, "a", (0,), None):
+            with pytest.raises(TypeError, match="dim is"):
+                f.softmax(X, wrong)
+        assert torch.equal(f.softmax(X, torch.tensor(1)), f.softmax(X, 1))
+        with pytest.raises(ValueError, match="must have at least 1 dim"):
+            f.rms_norm(X[0, 0, 0], (8,))
+
+
+def test_norms_of_integers_are_refused_as_in_torch():
+    for wrong in (X.long(), X.bool()):
+        for norm in (f.layer_norm, f.rms_norm):
+            with pytest.raises((RuntimeError, NotImplementedError), match="not implemented|datatype|promote"):
+                norm(wrong, (8,), W)
+            with backend.use_backend("triton"), pytest.raises(NotImplementedError, match="dtype"):
+                norm(wrong, (8,), W)
+    with pytest.raises(RuntimeError, match="scalar type"):
+        f.layer_norm(X, (8,), W, W.long())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_torchs_business():
+    nested = torch.nested.nested_tensor([X[0], X[1, :2]])
+    for ours, stock, args in (
+        (f.layer_norm, torch.nn.functional.layer_norm, ((8,), W, W)),
+        (f.softmax, torch.softmax, (-1,)),
+    ):
+        for pair in zip(ours(nested, *args).unbind(), stock(nested, *args).unbind(), strict=True):
+            assert torch.equal(*pair)
+        with backend.use_backend("triton"), pytest.raises(NotImplementedError, match="nested tensors"):
+            ours(nested, *args)
+
+
+def test_bfloat16_in_the_interpreter_needs_nothing_else():
+    code = """
+import torch, fastattn
+x = torch.linspace(-3, 3, 64).bfloat16().view(4, 16)
+with fastattn.use_backend("triton"):
+    y = fastattn.functional.softmax(x)
+torch.testing.assert_close(y, x.softmax(-1))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

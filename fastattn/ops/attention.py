@@ -41,6 +41,10 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, window=None, softc
         if not (softcap or dropout_p or return_lse or return_weights):
             if (o := _attend_usually(q, k, v, causal, scale)) is not None:
                 return o
+    optional = dict(
+        bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, q_lens=q_lens, kv_lens=kv_lens
+    )
+    _need_tensors("attention", q, k, v, optional)
     q, k, v, bias, mask = _autocast(q, k, v, bias, mask)
     _check_dense(q, k, v, q_lens, kv_lens)
     B, H, S_q, S_k = *q.shape[:3], k.shape[2]
@@ -76,6 +80,10 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     and lse (H, T_q) with return_lse.
     """
     _check_context()
+    optional = dict(
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes, sinks=sinks
+    )
+    _need_tensors("attention_varlen", q, k, v, optional)
     q, k, v, _, _ = _autocast(q, k, v, None, None)
     B = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     extras = (None, None, alibi_slopes, sinks, None, None, cu_seqlens_q, cu_seqlens_k)
@@ -108,6 +116,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     function, errors included.
     """
     _check_context()
+    if not (
+        isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
+    ):
+        return stock_attention(query, key, value)  # raises
     stock, causal = stock_attention, is_causal
     if is_causal_bias(attn_mask):
         if is_causal:
@@ -131,10 +143,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if backend.stock_only(OP, query):
         return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     try:
-        if causal == "bottom_right" and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (
-            query.shape[-2],
-            key.shape[-2],
-        ):
+        if not isinstance(is_causal, bool):
+            raise ValueError(f"is_causal is {is_causal!r}, must be a bool")
+        lengths = (*query.shape[-2:-1], *key.shape[-2:-1])
+        if causal == "bottom_right" and lengths != (attn_mask.seq_len_q, attn_mask.seq_len_kv):
             raise ValueError("attn_mask is a CausalBias of other lengths than query and key have")
         mask = None if is_causal_bias(attn_mask) else attn_mask
         (q, k, v, bias, mask), batch = _as_attention(
@@ -265,6 +277,10 @@ def _autocast(q, k, v, bias, mask):
         cast = lambda t: t.to(dtype) if t is not None and t.dtype in backend.TRITON_DTYPES else t  # noqa: E731
         return *map(cast, (q, k, v, bias)), mask
     return q, k, v, bias, mask
+
+
+def _need_tensors(name, q, k, v, optional):
+    backend.need_tensors(name, q=q, k=k, v=v, **{what: t for what, t in optional.items() if t is not None})
 
 
 def _check_operands(q, k, v, dims, layout):

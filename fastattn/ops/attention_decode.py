@@ -40,6 +40,7 @@ def attention_decode(q, k_cache, v_cache, cache_lens, *, block_table=None, k_new
         found = _decode_usually(q, k_cache, v_cache, cache_lens, block_table, k_new, v_new, scale)
         if found is not None:
             return found if return_lse else found[0]
+    backend.need_tensors("attention_decode", q=q, k_cache=k_cache, v_cache=v_cache, cache_lens=cache_lens)
     if torch.is_autocast_enabled(q.device.type):
         q, k_new, v_new = (t if t is None else t.to(k_cache.dtype) for t in (q, k_new, v_new))
     capacity = _check(q, k_cache, v_cache, cache_lens, block_table, k_new, v_new)

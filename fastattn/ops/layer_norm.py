@@ -19,6 +19,7 @@ from fastattn.cuda.layer_norm import (
 OP = "layer_norm"
 # bound at import, since fastattn.enable() puts ours there
 stock_layer_norm, stock_rms_norm = F.layer_norm, F.rms_norm
+WIDE = (*backend.TRITON_DTYPES, torch.float64)
 WIDENED = {name: backend.autocast_devices(name) for name in ("layer_norm", "rms_norm")}
 
 
@@ -27,7 +28,7 @@ def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, *, out_dty
 
     x: (..., *normalized_shape), fp16, bf16 or fp32, any strides; weight, bias: normalized_shape, x's dtype or another, e.g.
     fp32 beside 16 bits. Mean and biased variance are fp32. Returns x's shape and dtype; under an autocast that widens
-    torch's layer_norm (on CUDA) fp32, which out_dtype="input" declines. Raises RuntimeError where torch's function does.
+    torch's layer_norm (on CUDA) fp32, which out_dtype="input" declines. Raises what torch's function does.
     """
     return _norm("layer_norm", x, normalized_shape, weight, bias, eps, out_dtype)
 
@@ -62,6 +63,8 @@ def add_rms_norm(x, residual, normalized_shape, weight=None, eps=None, *, dropou
 
 
 def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
+    if not isinstance(x, torch.Tensor):
+        backend.need_tensors(name, x=x)
     if out_dtype is None and backend.certain("cuda", name, x) and (_C := cuda.ready(x)):
         if M := layer_norm_usual(_C, x, normalized_shape, weight, bias):
             # What the steps below would come to, in a third of their time.
@@ -70,6 +73,9 @@ def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
             if backend.needs_grad(x, weight, bias):
                 return _UsualNorm.apply(x, weight, bias, (eps, rms, x.dtype, "cuda"), _C, M)
             return layer_norm_infer(_C, x, weight, bias, eps, rms)
+    if x.is_nested:
+        backend.leave_to_torch(name, "nested tensors take torch's own kernels", x)
+        return _stock(name, x, normalized_shape, weight, bias, eps, x.dtype)
     normalized_shape = _checked(name, x, normalized_shape, weight, bias, out_dtype)
     if backend.in_parts(x):
         call = lambda x, weight, bias: _norm(name, x, normalized_shape, weight, bias, eps, out_dtype)  # noqa: E731
@@ -94,6 +100,8 @@ def _norm(name, x, normalized_shape, weight, bias, eps, out_dtype):
 
 def _add_norm(norm, x, residual, normalized_shape, weight, bias, eps, dropout_p, prenorm, out_dtype):
     name = f"add_{norm}"
+    if not (isinstance(x, torch.Tensor) and isinstance(residual, torch.Tensor)):
+        backend.need_tensors(name, x=x, residual=residual)
     if (
         out_dtype is None
         and 0.0 <= dropout_p <= 1.0
@@ -155,10 +163,23 @@ def _on_parts(call, rows, normalized_shape, parameters, outputs=1):
 
 def _checked(name, x, normalized_shape, weight, bias, out_dtype):
     """normalized_shape as a tuple, under the conditions of torch's functions and in their words."""
+    given = {k: t for k, t in (("weight", weight), ("bias", bias)) if t is not None}
+    backend.need_tensors(name, x=x, **given)
+    if isinstance(normalized_shape, (torch.Tensor, int)):
+        raise TypeError(
+            f"{name}: normalized_shape is a {type(normalized_shape).__name__}, must be a tuple of ints"
+        )
     normalized_shape = tuple(normalized_shape)
+    for n in normalized_shape:
+        if isinstance(n, (bool, float, str)):
+            raise TypeError(f"{name}: normalized_shape is {normalized_shape}, must be a tuple of ints")
     if not normalized_shape:
         raise RuntimeError(f"{name}: Expected normalized_shape to be at least 1-dimensional, but it is ()")
     if x.shape[-len(normalized_shape) :] != normalized_shape:
+        if name.endswith("rms_norm") and x.dim() < len(normalized_shape):
+            raise ValueError(
+                f"{name}: Input tensor must have at least {len(normalized_shape)} dimensions, but got {x.dim()}"
+            )
         raise RuntimeError(
             f"{name}: Given normalized_shape={normalized_shape}, which must be x's last dims; x is {tuple(x.shape)}"
         )
@@ -185,9 +206,9 @@ def _flattened(normalized_shape, *tensors):
 
 
 def _stock(name, x, normalized_shape, weight, bias, eps, dtype):
-    """torch's own function; where dtypes differ, which it need not take, in the widest of them."""
+    """torch's own function; where floating dtypes differ, which it need not take, in the widest of them."""
     given = [t for t in (x, weight, bias) if t is not None]
-    if any(t.dtype != x.dtype for t in given):
+    if any(t.dtype != x.dtype for t in given) and all(t.dtype in WIDE for t in given):
         widest = torch.promote_types(given[-1].dtype, torch.promote_types(x.dtype, given[1].dtype))
         x, weight, bias = (t if t is None else t.to(widest) for t in (x, weight, bias))
     if name == "rms_norm":

@@ -24,6 +24,7 @@ def linear_cross_entropy(
     only scales; "none" computes the logits again in backward. Raises ValueError, TypeError or IndexError naming the argument;
     targets on a GPU are checked under backend.debug.
     """
+    backend.need_tensors("linear_cross_entropy", hidden=hidden, weight=weight, targets=targets)
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype in backend.TRITON_DTYPES:
         hidden = hidden.to(torch.get_autocast_dtype(device))

@@ -36,6 +36,7 @@ def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dty
     i sees keys j <= i. A row that attends to nothing (or holds only -inf) is 0, with gradients 0. Autocast and out_dtype
     as in `softmax`. Raises ValueError or TypeError naming the argument.
     """
+    backend.need_tensors("scaled_masked_softmax", scores=scores, **({} if mask is None else {"mask": mask}))
     if scores.dim() < 2:
         raise ValueError(
             f"scaled_masked_softmax: scores is {tuple(scores.shape)}, needs (..., S_q, S_k): two dims or more"
@@ -64,6 +65,12 @@ def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dty
 def _softmax(name, x, dim, dtype, out_dtype, log):
     if dtype is out_dtype is None and (y := _softmax_usually(name, x, dim, log)) is not None:
         return y
+    backend.need_tensors(name, x=x)
+    if x.is_nested:
+        backend.leave_to_torch(name, "nested tensors take torch's own kernels", x)
+        return (stock_log_softmax if log else stock_softmax)(x, dim, dtype=dtype)
+    if isinstance(dim, bool) or not isinstance(dim, (int, torch.SymInt)) and not hasattr(dim, "__index__"):
+        raise TypeError(f"{name}: dim is {dim!r}, must be an int")
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise IndexError(f"{name}: dim is {dim}, x has {x.dim()} dims")
     if backend.in_parts(x):
@@ -88,10 +95,12 @@ def _softmax(name, x, dim, dtype, out_dtype, log):
 
 def _softmax_usually(name, x, dim, log):
     """The result for a contiguous x of a kernel's dtype, in a third of the time of the steps that any call takes; None means nothing."""
+    if type(x) is not torch.Tensor or type(dim) is not int or x.is_nested:
+        return None
     dims = x.dim()
     if not -dims <= dim < dims or not backend.certain("cuda", name, x, x.shape[dim]):
         return None
-    if type(x) is not torch.Tensor or x.dtype not in backend.TRITON_DTYPES:
+    if x.dtype not in backend.TRITON_DTYPES:
         return None
     if not x.is_contiguous() or x.is_neg() or not (_C := cuda.ready(x)):
         return None
