@@ -150,6 +150,13 @@ def test_every_case_is_run_once_to_compile_it(monkeypatch):
     assert len(calls) == 2  # forward, and forward for backward, whose failure is not told here
 
 
+def test_processes_that_compile_are_waited_for_counted_and_stopped(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert "failed" not in warm.in_processes(["this"], 60)
+    assert "1 failed" in warm.in_processes(["no_such_module"], 60)
+    assert "1 were stopped" in warm.in_processes(["http.server", "--bind", "127.0.0.1"], 0)
+
+
 def test_a_mix_of_reads_and_writes_lies_between_the_measured_ceilings():
     measured = {"read": 5.0, "add": 4.0, "copy": 3.0, "write": 2.0}
     for work, rate in (
