@@ -187,10 +187,8 @@ def run(device, name, functions=None):
                 yield _one(case, dtype, torch.device(device), name)
 
 
-def _one(case, dtype, device, name):
-    def placed(t):
-        t = t.to(device, dtype) if t.is_floating_point() else t.to(device)
-        return t.requires_grad_(case.backward and t.is_floating_point())
+def broken_rules(case, name, inputs, grad_outputs=None):
+    """What check.check says of the case with these inputs, as they lie, on backend `name`, which may refuse them."""
 
     def seeded(f, forced):
         def call(*inputs):
@@ -200,11 +198,19 @@ def _one(case, dtype, device, name):
 
         return call
 
+    stock = seeded(functional, "torch") if name != "torch" and not case.dropout else None
+    ours, specification = seeded(functional, name), seeded(Specification, None)
+    return check.check(ours, specification, inputs, baseline=stock, grad_outputs=grad_outputs)
+
+
+def _one(case, dtype, device, name):
+    def placed(t):
+        t = t.to(device, dtype) if t.is_floating_point() else t.to(device)
+        return t.requires_grad_(case.backward and t.is_floating_point())
+
     result = Result(case.function, case.label, str(dtype).removeprefix("torch."), name, "right")
     torch.manual_seed(0)
     inputs = [placed(t) for t in case.make()]
-    stock = seeded(functional, "torch") if name != "torch" and not case.dropout else None
-    specification = seeded(Specification, None)
     if name == "torch" and case.dropout:
         result.state, result.sentence = (
             "uncompared",
@@ -213,7 +219,7 @@ def _one(case, dtype, device, name):
         return result
     before = backend.calls.copy()
     try:
-        wrong = check.check(seeded(functional, name), specification, inputs, baseline=stock)
+        wrong = broken_rules(case, name, inputs)
     except NotImplementedError as e:
         result.state, result.sentence = "refused", str(e)
     except Exception as e:  # the table says what broke, for every case

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import multiprocessors, row_offsets, rows_of, sum_partials
+from .common import blocks_of, multiprocessors, row_offsets, rows_of, sum_partials
 
 # TILE elements a program takes at a time: BLOCK_N columns, less where N is narrower, of TILE // BLOCK_N rows. 512 divides the
 # inner widths of most models. None has been timed on a GPU, and one row serves every architecture until one has.
@@ -70,8 +70,8 @@ def bias_gelu_fwd_kernel(
     TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_n = (pid % tiles_n).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_n, lanes = blocks_of(N, BLOCK_N), tl.arange(0, BLOCK_N)
+    offs_n = (pid % tiles_n).to((lanes + N).dtype) * BLOCK_N + lanes  # as wide as N
     rows = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (rows < M)[:, None] & (offs_n < N)[None, :]
 
@@ -92,13 +92,13 @@ def bias_gelu_bwd_kernel(
     TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_n = (pid % tiles_n).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_n, lanes = blocks_of(N, BLOCK_N), tl.arange(0, BLOCK_N)
+    offs_n = (pid % tiles_n).to((lanes + N).dtype) * BLOCK_N + lanes  # as wide as N
     group = pid // tiles_n
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for start in range(group * BLOCK_M, M, groups.to(tl.int64) * BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
         mask = (rows < M)[:, None] & (offs_n < N)[None, :]
         x_rows = x_ptr + row_offsets(rows, x_inner, stride_x_outer, stride_x_inner)
         dy_rows = dy_ptr + row_offsets(rows, dy_inner, stride_dy_outer, stride_dy_inner)

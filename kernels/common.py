@@ -42,6 +42,15 @@ def multiprocessors(x):
 
 
 @triton.jit
+def blocks_of(N, BLOCK: tl.constexpr):
+    """ceil(N / BLOCK) for N >= 1, where tl.cdiv's N + BLOCK - 1 would pass 2^31 although N does not.
+
+    A loop over so many blocks does not pass it either, unlike one that steps to N.
+    """
+    return (N - 1) // BLOCK + 1
+
+
+@triton.jit
 def row_offsets(rows, inner, stride_outer, stride_inner):
     """Where rows (int64) start in a tensor of two leading dims; one of evenly spaced rows has inner = 1."""
     return (rows // inner * stride_outer + rows % inner * stride_inner)[:, None]

@@ -274,7 +274,7 @@ def embeddings_bwd_kernel(
     for s in range(s_first, tl.minimum(s_first + seq_step, S)):
         acc = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
         for b0 in range(b_first, b_end, BLOCK_B):
-            b = b0 + tl.arange(0, BLOCK_B)
+            b = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
             rows = b * S + s
             mask = (b < b_end)[:, None] & mask_c[None, :]
             # First what needs no id: it is on its way while the ids arrive.

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import blocks_of
+
 # Rows (largest N, dict): TILE elements a program, so TILE // next_power_of_2(N) rows of it. The rows come from register
 # counts (32 values a thread forward, 2 x 16 backward) and a warp a row up to N = 1024; none has been timed on a GPU, and
 # one table serves every architecture until one has.
@@ -51,7 +53,7 @@ ACROSS = dict(TILE=8192, num_warps=8)
 @triton.jit
 def tile_rows(B, M, BLOCK_M: tl.constexpr):
     """This program's a, b and its BLOCK_M places along M, all int64."""
-    blocks = tl.cdiv(M, BLOCK_M)
+    blocks = blocks_of(M, BLOCK_M)
     pid = tl.program_id(0).to(tl.int64)
     outer = pid // blocks
     return outer // B, outer % B, pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -138,8 +140,8 @@ def softmax_fwd_kernel(
         last = N
         if CAUSAL:  # no program of the first walk looks past its last row's diagonal
             last = tl.minimum(N, tl.max(offs_m, axis=0) + 1)
-        for start in range(0, last, BLOCK_N):
-            offs_n = start + tl.arange(0, BLOCK_N)
+        for i in range(blocks_of(last, BLOCK_N)):
+            offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             x_offs = tile_offsets(a, b, offs_m, offs_n, stride_x_a, stride_x_b, stride_x_m, stride_x_n)
             mask_offs = tile_offsets(
@@ -156,8 +158,8 @@ def softmax_fwd_kernel(
         if MASKED:
             m = tl.where(m == float("-inf"), 0.0, m)
             denom = tl.where(denom == 0.0, 1.0, denom)
-        for i in range(tl.cdiv(N, BLOCK_N)):
-            offs_n = (tl.cdiv(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        for i in range(blocks_of(N, BLOCK_N)):
+            offs_n = (blocks_of(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             x_offs = tile_offsets(a, b, offs_m, offs_n, stride_x_a, stride_x_b, stride_x_m, stride_x_n)
             mask_offs = tile_offsets(
@@ -215,16 +217,16 @@ def softmax_bwd_kernel(
         last = N
         if CAUSAL:
             last = tl.minimum(N, tl.max(offs_m, axis=0) + 1)
-        for start in range(0, last, BLOCK_N):
-            offs_n = start + tl.arange(0, BLOCK_N)
+        for i in range(blocks_of(last, BLOCK_N)):
+            offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             dy_offs = tile_offsets(a, b, offs_m, offs_n, stride_dy_a, stride_dy_b, stride_dy_m, stride_dy_n)
             y_offs = tile_offsets(a, b, offs_m, offs_n, stride_y_a, stride_y_b, stride_y_m, stride_y_n)
             dy, y = load_gradient(dy_ptr, y_ptr, dy_offs, y_offs, offs_m, offs_n, valid, CAUSAL)
             acc += dy if LOG else dy * y
         total = tl.sum(acc, axis=1)
-        for i in range(tl.cdiv(N, BLOCK_N)):
-            offs_n = (tl.cdiv(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        for i in range(blocks_of(N, BLOCK_N)):
+            offs_n = (blocks_of(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             dy_offs = tile_offsets(a, b, offs_m, offs_n, stride_dy_a, stride_dy_b, stride_dy_m, stride_dy_n)
             y_offs = tile_offsets(a, b, offs_m, offs_n, stride_y_a, stride_y_b, stride_y_m, stride_y_n)
