@@ -7,12 +7,18 @@ specification in the same dtype takes its place. Backend "torch" is that yardsti
 computes the right thing, within 4 x the error of the specification in the same dtype.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import json
+import math
 import os
+import queue
 import subprocess
 import sys
+import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -168,15 +174,15 @@ class Result:
 
 def explained(device):
     """{public function: (the op as backend.py counts it, {backend: "serves" or "refused, why"})}, by its first case."""
-    found = {}
-    for name in functional.__all__:
-        case = next(case for case in CASES if case.function == name)
-        inputs = [t.to(device) for t in case.make()]
-        said = backend.explain(lambda *inputs, call=case.call: call(functional, *inputs), *inputs)
-        lines = [line.partition(": ") for line in said.splitlines()[1:]]
-        op = lines[0][0].partition(", ")[0]
-        found[name] = op, {of.partition(", ")[2]: sentence for of, _, sentence in lines}
-    return found
+    return {name: _explained(name, device) for name in functional.__all__}
+
+
+def _explained(name, device):
+    case = next(case for case in CASES if case.function == name)
+    inputs = [t.to(device) for t in case.make()]
+    said = backend.explain(lambda *inputs: case.call(functional, *inputs), *inputs)
+    lines = [line.partition(": ") for line in said.splitlines()[1:]]
+    return lines[0][0].partition(", ")[0], {of.partition(", ")[2]: sentence for of, _, sentence in lines}
 
 
 def run(device, name, functions=None):
@@ -235,32 +241,111 @@ def _one(case, dtype, device, name):
 
 def run_interpreted(functions=None):
     """The same for Triton on a machine with no GPU: its interpreter, which needs a process of its own."""
-    command = [sys.executable, "-m", "fastattn.check_cases", *(functions or ())]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    work = _work(["triton"], functions)
+    yield from run_apart("cpu", work, {"TRITON_INTERPRET": "1"}, math.inf)
+
+
+def _work(backends, functions):
+    """[backend, number of a case, dtype] of each result."""
+    chosen = [i for i, case in enumerate(CASES) if functions is None or case.function in functions]
+    return [
+        [name, i, str(dtype).removeprefix("torch.")] for name in backends for i in chosen for dtype in DTYPES
+    ]
+
+
+SECONDS = 90  # for one case, most of which are the compiler's; a kernel that takes longer hangs
+
+
+def run_in_processes(device, work):
+    """A Result for each of `work`, as they come, from several processes: the cores share what is to be compiled, and a
+    kernel that hangs or faults is the end of its own process.
+    """
+    shares = max(1, min(14, (os.cpu_count() or 2) - 1, len(work) // 4))
+    found = queue.SimpleQueue()
+
+    def share(i):
+        try:
+            for result in run_apart(device, work[i::shares]):
+                found.put(result)
+        except Exception as e:
+            found.put(e)
+
+    threads = [threading.Thread(target=share, args=(i,), daemon=True) for i in range(shares)]
+    for thread in threads:
+        thread.start()
+    for _ in work:
+        result = found.get()
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
+def run_apart(device, work, environment=None, seconds=None, module="fastattn.check_cases"):
+    """A Result for each of `work`, from a process; what ends or outlasts it is wrong, and another goes on with the rest."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    while work:
+        command = [sys.executable, "-m", module, str(device), json.dumps(work)]
+        with (
+            tempfile.TemporaryFile("w+") as said,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+            ) as process,
+        ):
+            for line in _lines(process, SECONDS if seconds is None else seconds):
+                yield Result(**json.loads(line))
+                work = work[1:]
+            late = process.poll() is None
+            process.kill()
+            process.wait()
+            said.seek(0)
+            last = (said.read().strip().splitlines() or [""])[-1]
+        if work:
+            name, i, dtype = work[0]
+            sentence = (
+                "did not end" if late else f"its process ended with status {process.returncode}: {last}"
+            )
+            op = _explained(CASES[i].function, "cpu")[0]
+            yield Result(CASES[i].function, CASES[i].label, dtype, name, "wrong", sentence, (op,))
+            work = work[1:]
+
+
+def _lines(process, seconds):
+    """The lines that a process prints, until it ends or has said nothing for so long."""
+    lines = queue.SimpleQueue()
+
+    def read():
         for line in process.stdout:
-            yield Result(**json.loads(line))
-    if process.returncode:
-        raise RuntimeError(f"the interpreter's process ended with status {process.returncode}")
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        yield from iter(lambda: lines.get(timeout=None if seconds == math.inf else seconds), None)
+        process.wait()
 
 
 def check_all(device, functions, shown):
     """([Result], [why a backend was left out]) of every backend that exists here; `shown(results, total)` may show progress."""
-    total = len(DTYPES) * sum(functions is None or case.function in functions for case in CASES)
-    columns, skipped = {"torch": lambda: run(device, "torch", functions)}, []
-    if not backend.triton_found():
+    backends, skipped = ["torch"], []
+    if backend.triton_found():
+        backends.append("triton")
+    else:
         skipped.append("triton: not installed (pip install triton)")
-    elif device.type == "cpu":
-        columns["triton"] = lambda: run_interpreted(functions)
-    else:
-        columns["triton"] = lambda: run(device, "triton", functions)
     reason = cuda.not_emulated() if device.type == "cpu" else cuda.unavailable()
-    if reason is not None:
-        skipped.append(f"cuda: {reason}")
+    if reason is None:
+        backends.append("cuda")
     else:
-        columns["cuda"] = lambda: run(device, "cuda", functions)
-    found = (result for column in columns.values() for result in column())
-    return list(shown(found, total * len(columns))), skipped
+        skipped.append(f"cuda: {reason}")
+    work = _work(backends, functions)
+    if device.type == "cpu":
+        columns = {name: functools.partial(run, device, name, functions) for name in backends}
+        columns["triton"] = functools.partial(run_interpreted, functions)
+        found = (result for name in backends for result in columns[name]())
+    else:
+        found = run_in_processes(device, work)
+    order = {(name, CASES[i].function, CASES[i].label, dtype): at for at, (name, i, dtype) in enumerate(work)}
+    results = list(shown(found, len(work)))
+    return sorted(results, key=lambda r: order[r.backend, r.function, r.label, r.dtype]), skipped
 
 
 def record(device, results):
@@ -282,8 +367,11 @@ def record(device, results):
 
 
 if __name__ == "__main__":
-    importlib.import_module("fastattn.interpreter")  # repairs bf16
+    place = torch.device(sys.argv[1])
+    if place.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("fastattn.interpreter")  # repairs bf16
 
     warnings.simplefilter("ignore")
-    for found in run("cpu", "triton", sys.argv[1:] or None):
+    for named, number, of in json.loads(sys.argv[2]):
+        found = _one(CASES[number], getattr(torch, of), place, named)
         print(json.dumps(dataclasses.asdict(found)), flush=True)
