@@ -348,6 +348,15 @@ def triton_why_not(*tensors):
     return None
 
 
+def last_block_why_not(x):
+    """Why Triton's kernels that walk along long rows cannot serve x, or None: up to 2^31 they count columns in 32 bits."""
+    if x.numel() > 2**31 - 2**14:
+        for size in x.shape:
+            if 2**31 - 2**14 < size < 2**31:
+                return f"a dim of {size} ends so little below 2^31 that the block after its last passes it: cut it"
+    return None
+
+
 def traceable(t):
     """Tensors that stand for plain ones while a graph is recorded."""
     from torch._subclasses import FakeTensor

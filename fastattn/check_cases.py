@@ -148,7 +148,7 @@ CASES = (
     Case("attention", "lengths, LSE", lambda: (*_qkv(B=2), torch.tensor([40, 13]), torch.tensor([9, 72])),
          lambda f, q, k, v, n, m: f.attention(q, k, v, q_lens=n, kv_lens=m, return_lse=True)),
     Case("attention", "window, softcap", _qkv, lambda f, q, k, v: f.attention(q, k, v, causal="bottom_right", window=(16, None), softcap=5.0)),
-    Case("attention", "ALiBi, sinks", lambda: (*_qkv(), torch.rand(2)), lambda f, q, k, v, s: f.attention(q, k, v, causal=True, alibi_slopes=torch.tensor([0.5, 0.1], device=q.device), sinks=s)),
+    Case("attention", "ALiBi, sinks", lambda: (*_qkv(), torch.rand(2)), lambda f, q, k, v, s: f.attention(q, k, v, causal=True, alibi_slopes=torch.linspace(0.5, 0.1, 2, device=q.device), sinks=s)),
     Case("attention", "dropout", _qkv, lambda f, q, k, v: f.attention(q, k, v, dropout_p=0.25, return_lse=True), dropout=True),
     Case("attention", "weights", _qkv, lambda f, q, k, v: f.attention(q, k, v, causal=True, return_weights=True), backward=False),
     Case("attention_varlen", "causal", lambda: (torch.randn(60, 4, 32), torch.randn(70, 4, 32), torch.randn(70, 4, 32), _offsets(20, 1, 39), _offsets(5, 26, 39)),

@@ -43,10 +43,7 @@ def multiprocessors(x):
 
 @triton.jit
 def blocks_of(N, BLOCK: tl.constexpr):
-    """ceil(N / BLOCK) for N >= 1, where tl.cdiv's N + BLOCK - 1 would pass 2^31 although N does not.
-
-    A loop over so many blocks does not pass it either, unlike one that steps to N.
-    """
+    """ceil(N / BLOCK) for N >= 1, where tl.cdiv's N + BLOCK - 1 could pass 2^31 although N does not."""
     return (N - 1) // BLOCK + 1
 
 

@@ -20,15 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    blocks_of,
-    multiprocessors,
-    row_dropout,
-    row_dropout_scalars,
-    row_offsets,
-    rows_of,
-    sum_partials,
-)
+from .common import multiprocessors, row_dropout, row_dropout_scalars, row_offsets, rows_of, sum_partials
 
 # Rows (largest N, dict): TILE elements a program, so TILE // next_power_of_2(N) rows of it. The rows come from register
 # counts (32 values a thread forward, 16 backward, four arrays of them) and a warp a row up to N = 1024; none has been
@@ -114,8 +106,7 @@ def layer_norm_fwd_kernel(
         # Each lane follows its own mean and sum of squared deviations; all lanes of a block have seen as many values.
         mean_lane = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         square_lane = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for i in range(0, blocks_of(N, BLOCK_N)):
-            start = i * BLOCK_N
+        for start in range(0, N, BLOCK_N):
             offs_n = start + lanes
             mask = mask_m[:, None] & (offs_n < N)
             r = load_sum(x_rows, residual_rows, seed_ptr, rows, start, offs_n, mask, stride_x_n,
@@ -126,12 +117,12 @@ def layer_norm_fwd_kernel(
                 square_lane += r * r
             else:
                 delta = tl.where(mask, r - mean_lane, 0.0)
-                mean_lane += delta * (1.0 / (i + 1))
+                mean_lane += delta * (1.0 / (start // BLOCK_N + 1))
                 square_lane += delta * (r - mean_lane)
 
         mean = tl.zeros((BLOCK_M,), tl.float32)
         if not RMS:
-            count = blocks_of(N - lanes, BLOCK_N).to(tl.float32)
+            count = ((N - lanes + BLOCK_N - 1) // BLOCK_N).to(tl.float32)
             about = (
                 tl.sum(mean_lane, axis=1) / BLOCK_N
             )  # so that a large common offset does not enter the sum
@@ -142,8 +133,8 @@ def layer_norm_fwd_kernel(
 
         if r_ptr is not None:
             tl.debug_barrier()  # r is reloaded, perhaps by another thread than the one that stored it
-        for i in range(0, blocks_of(N, BLOCK_N)):
-            start = (blocks_of(N, BLOCK_N) - 1 - i) * BLOCK_N
+        for i in range(0, tl.cdiv(N, BLOCK_N)):
+            start = (tl.cdiv(N, BLOCK_N) - 1 - i) * BLOCK_N
             offs_n = start + lanes
             mask = mask_m[:, None] & (offs_n < N)
             if r_ptr is not None:
@@ -231,8 +222,7 @@ def layer_norm_bwd_kernel(
         else:
             projection = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for i in range(0, blocks_of(N, BLOCK_N)):
-                start = i * BLOCK_N
+            for start in range(0, N, BLOCK_N):
                 offs_n = start + lanes
                 mask = mask_m[:, None] & (offs_n < N)
                 dy, x_hat = load_gradient(dy_rows, x_rows, mean, rstd, offs_n, mask, stride_dy_n, stride_x_n)
@@ -243,8 +233,8 @@ def layer_norm_bwd_kernel(
             level = tl.zeros((BLOCK_M,), tl.float32)
             if not RMS:
                 level = tl.sum(total, axis=1) / N
-            for i in range(0, blocks_of(N, BLOCK_N)):
-                start = (blocks_of(N, BLOCK_N) - 1 - i) * BLOCK_N
+            for i in range(0, tl.cdiv(N, BLOCK_N)):
+                start = (tl.cdiv(N, BLOCK_N) - 1 - i) * BLOCK_N
                 offs_n = start + lanes
                 mask = mask_m[:, None] & (offs_n < N)
                 dy, x_hat = load_gradient(dy_rows, x_rows, mean, rstd, offs_n, mask, stride_dy_n, stride_x_n)

@@ -140,8 +140,8 @@ def softmax_fwd_kernel(
         last = N
         if CAUSAL:  # no program of the first walk looks past its last row's diagonal
             last = tl.minimum(N, tl.max(offs_m, axis=0) + 1)
-        for i in range(blocks_of(last, BLOCK_N)):
-            offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        for start in range(0, last, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             x_offs = tile_offsets(a, b, offs_m, offs_n, stride_x_a, stride_x_b, stride_x_m, stride_x_n)
             mask_offs = tile_offsets(
@@ -158,8 +158,8 @@ def softmax_fwd_kernel(
         if MASKED:
             m = tl.where(m == float("-inf"), 0.0, m)
             denom = tl.where(denom == 0.0, 1.0, denom)
-        for i in range(blocks_of(N, BLOCK_N)):
-            offs_n = (blocks_of(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        for i in range(tl.cdiv(N, BLOCK_N)):
+            offs_n = (tl.cdiv(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             x_offs = tile_offsets(a, b, offs_m, offs_n, stride_x_a, stride_x_b, stride_x_m, stride_x_n)
             mask_offs = tile_offsets(
@@ -217,16 +217,16 @@ def softmax_bwd_kernel(
         last = N
         if CAUSAL:
             last = tl.minimum(N, tl.max(offs_m, axis=0) + 1)
-        for i in range(blocks_of(last, BLOCK_N)):
-            offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        for start in range(0, last, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             dy_offs = tile_offsets(a, b, offs_m, offs_n, stride_dy_a, stride_dy_b, stride_dy_m, stride_dy_n)
             y_offs = tile_offsets(a, b, offs_m, offs_n, stride_y_a, stride_y_b, stride_y_m, stride_y_n)
             dy, y = load_gradient(dy_ptr, y_ptr, dy_offs, y_offs, offs_m, offs_n, valid, CAUSAL)
             acc += dy if LOG else dy * y
         total = tl.sum(acc, axis=1)
-        for i in range(blocks_of(N, BLOCK_N)):
-            offs_n = (blocks_of(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        for i in range(tl.cdiv(N, BLOCK_N)):
+            offs_n = (tl.cdiv(N, BLOCK_N) - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
             valid = (offs_m < M)[:, None] & (offs_n < N)[None, :]
             dy_offs = tile_offsets(a, b, offs_m, offs_n, stride_dy_a, stride_dy_b, stride_dy_m, stride_dy_n)
             y_offs = tile_offsets(a, b, offs_m, offs_n, stride_y_a, stride_y_b, stride_y_m, stride_y_n)

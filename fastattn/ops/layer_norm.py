@@ -366,7 +366,7 @@ def _triton_why_not(x, weight, bias, dtype, residual=None):
             return f"{what}'s dtype {t.dtype} is not float16, bfloat16 or float32"
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         return f"weight has dtype {weight.dtype} and bias {bias.dtype}, which must be one"
-    return backend.triton_why_not(x, residual, weight, bias)
+    return backend.last_block_why_not(x) or backend.triton_why_not(x, residual, weight, bias)
 
 
 WHY_NOT = {

@@ -235,7 +235,7 @@ def _triton_why_not(x, mask, dtype):
     for what, t in (("input", x.dtype), ("result", dtype)):
         if t not in backend.TRITON_DTYPES:
             return f"{what} dtype {t} is not float16, bfloat16 or float32"
-    return backend.triton_why_not(x, mask)
+    return backend.last_block_why_not(x) or backend.triton_why_not(x, mask)
 
 
 WHY_NOT = {"cuda": softmax_why_not, "triton": _triton_why_not}
