@@ -53,7 +53,7 @@ tests() {  # tests SECONDS WHAT PYTEST-ARGUMENTS...: each test's line goes into 
 
 finish() {
     cp tests/data/primitives.json "${XDG_CACHE_HOME:-$HOME/.cache}/fastattn/verdict.json" "$out" 2>/dev/null
-    [[ -d $bench ]] && tar -czf "$out/bench.tar.gz" -C "$bench" .
+    [[ -f $bench/results.json ]] && tar -czf "$out/bench.tar.gz" -C "$bench" .
     [[ -f $bench/results.json ]] && cp "$bench/results.json" "$out"
     rm -rf "$bench"
     echo "== after $SECONDS s, in $out: $(ls "$out" | tr '\n' ' ')"

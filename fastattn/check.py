@@ -4,6 +4,8 @@ error(ours) <= 2 x error(torch's own op in the same dtype) + one unit in the las
 against the float64 reference, in the maximum norm and in the root mean square, for every output and every gradient.
 """
 
+import functools
+
 import torch
 
 
@@ -80,8 +82,9 @@ def check(
     exact_out = reference(*exact_inputs, **double)
     exact_out = exact_out if isinstance(exact_out, tuple) else (exact_out,)
     if grad_outputs is None:
-        generator = torch.Generator().manual_seed(seed)
-        grad_outputs = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in exact_out]
+        generator = torch.Generator("cpu").manual_seed(seed)
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+        grad_outputs = [draw(o.shape) for o in exact_out]
         dtype = next(t.dtype for t in inputs if isinstance(t, torch.Tensor) and t.is_floating_point())
         grad_outputs = [g.to(dtype).to(o.device) for g, o in zip(grad_outputs, exact_out, strict=True)]
     exact = run(lambda *a: exact_out, exact_inputs, grad_outputs, {})

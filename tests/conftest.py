@@ -1,5 +1,6 @@
 """Kernels run in Triton's interpreter where no GPU is, outputs start as NaN, and every test draws the same numbers."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -44,6 +45,13 @@ def pytest_configure(config):
 @pytest.fixture
 def device():
     return DEVICE
+
+
+@pytest.fixture
+def on_device():
+    """What a test makes without naming a device lies where the kernels run."""
+    with torch.device(DEVICE) if DEVICE == "cuda" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(params=["triton", "cuda"])

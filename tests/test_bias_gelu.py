@@ -14,6 +14,7 @@ from fastattn.functional import bias_gelu
 from fastattn.kernels import bias_gelu as kernels
 from fastattn.ops import bias_gelu as op
 
+pytestmark = pytest.mark.usefixtures("on_device")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("none", "tanh")
 # One program's rows are 2048 / min(512, N rounded up): three row blocks a program in backward, ragged column blocks.

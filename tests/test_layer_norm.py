@@ -13,6 +13,7 @@ from fastattn.check import check
 from fastattn.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops import layer_norm as op
 
+pytestmark = pytest.mark.usefixtures("on_device")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Several rows a program up to N = 2048, then one; N = 9000 loops in backward, 17000 in forward too, three blocks of it.
 SHAPES = [(300, 1), (600, 3), (530, 5), (70, 127), (37, 768), (7, 1025), (5, 5000), (3, 9000), (2, 17000)]

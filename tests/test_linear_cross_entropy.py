@@ -13,6 +13,7 @@ from fastattn.functional import linear_cross_entropy
 from fastattn.kernels import chunks
 from fastattn.kernels.linear_cross_entropy import _rows as linear_cross_entropy_rows
 
+pytestmark = pytest.mark.usefixtures("on_device")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "torch")
 
