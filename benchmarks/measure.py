@@ -198,7 +198,7 @@ def _time_on_gpu(case, inputs, calls, rows, direction, seconds, device):
             ready.pop(name, None)
     if not ready:
         return
-    for name, samples in timing.gpu_times(ready, seconds, device).items():
+    for name, samples in timing.gpu_times(ready, seconds, device, hide_host=not case.model).items():
         rows[name]["p20_us"], rows[name]["median_us"], rows[name]["p80_us"] = timing.quantiles(samples)
     nbytes = sum(t.numel() * t.element_size() for t in inputs if isinstance(t, torch.Tensor))
     l2 = torch.cuda.get_device_properties(device).L2_cache_size

@@ -319,6 +319,16 @@ def test_every_step_of_the_gpu_protocol_runs(stand_in_gpu):
     assert "× eager" in [heading for heading, _ in report.cells(rows[0], on_gpu=True)]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is timed by `make bench`")
+def test_the_host_is_hidden_behind_flushes_but_for_models(stand_in_gpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, "host_time", lambda call, repeats: asked.append(1) or 1e6)
+    slept = lambda: time.sleep(0.001)  # noqa: E731
+    monkeypatch.setattr(timing, "one_event", lambda call: 1e5)
+    assert len(timing.gpu_times({"a": slept}, 0.0, CPU, hide_host=False)["a"]) == 5 and not asked
+    assert len(timing.gpu_times({"a": slept}, 0.0, CPU)["a"]) == 5 and asked
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 def test_the_ceilings_kernels_move_what_they_say():
     a, b = torch.randn(2, 10000)
