@@ -67,13 +67,26 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
                 results["said"]["Left out"] = said
                 break
             progress.update(task, description=f"{case.op}, {case.shape}")
-            results["rows"] += measure(case, device, results["ceilings"], seconds)
+            try:
+                results["rows"] += measure(case, device, results["ceilings"], seconds)
+                if timing.is_gpu(device):
+                    torch.cuda.synchronize()
+            except (
+                Exception
+            ) as e:  # after a kernel's fault nothing more runs on the device: what was measured is told
+                if not timing.is_gpu(device):
+                    raise
+                said = f"Broken off at {case.op}, {case.shape}, {left - 1} cases before the end: {e}"
+                console.print(said, markup=False, style="bold red")
+                results["said"]["Broken off"] = said
+                chosen = ()
+                break
             progress.advance(task)
             if timing.is_gpu(device):
                 torch.cuda.empty_cache()
                 torch.compiler.reset()  # Dynamo refuses one piece of code after eight shapes
                 report.write(results, out)
-    failures = sum(row["failed"] for row in results["rows"])
+    failures = sum(row["failed"] for row in results["rows"]) + ("Broken off" in results["said"])
     if "host" in chosen:
         results["host_path"] = host_path.host_paths(0.1 if quick else 0.3, device)
     if "gpt" in chosen:

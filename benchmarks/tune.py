@@ -221,7 +221,7 @@ def _difference(got, expected):
 def compile_share(ops, device, share, shares):
     tasks = [(slot, row) for op in ops for slot in slots(op, device) for row in slot.candidates()]
     held, call = None, None
-    for slot, row in tasks[share * len(tasks) // shares : (share + 1) * len(tasks) // shares]:
+    for slot, row in tasks[share::shares]:
         try:
             if held is not slot:
                 held, call = slot, prepared(slot, device)

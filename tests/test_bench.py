@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import importlib
+import io
 import json
 import time
 import types
@@ -12,6 +13,7 @@ import unittest.mock
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fastattn import backend, cli, cuda, functional
@@ -317,6 +319,31 @@ def test_every_step_of_the_gpu_protocol_runs(stand_in_gpu):
         assert by[provider, "forward"]["ceiling_share"] > 0
         assert by[provider, "backward"]["matmul_share"] > 0 and by[provider, "backward"]["cycle_share"] > 0
     assert "× eager" in [heading for heading, _ in report.cells(rows[0], on_gpu=True)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is timed by `make bench`")
+def test_a_fault_leaves_what_was_measured_before_it(stand_in_gpu, monkeypatch, tmp_path):
+    measured = []
+
+    def measure_two(case, *_):
+        measured.append(case)
+        if len(measured) == 3:
+            raise RuntimeError("an illegal memory access")
+        return [measured_row(case.op, "eager", 5.0)]
+
+    for name, fake in (
+        ("measure", measure_two),
+        ("warm", types.SimpleNamespace(compile_all=lambda *_: "compiled")),
+    ):
+        monkeypatch.setattr(run, name, fake)
+    for name in ("set_device", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(timing, "ceilings", lambda device: {})
+    monkeypatch.setattr(report, "environment", lambda device: {"fastattn": "0", "device": "none"})
+    console = Console(file=io.StringIO(), width=200)
+    assert run.run(console, CPU, ["softmax"], True, tmp_path, sweep=True) == 1
+    assert len(written(tmp_path)) == 2
+    assert "Broken off at" in console.file.getvalue() and "illegal memory" in console.file.getvalue()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is timed by `make bench`")
