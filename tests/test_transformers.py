@@ -381,6 +381,24 @@ def test_t5_has_a_position_bias():
     assert_close(*({"loss": m(**inputs).loss, "logits": m(**inputs).logits} for m in (mine, eager)))
 
 
+def test_patch_reaches_stacks_with_copies_of_their_models_config(monkeypatch):
+    """T5's; transformers 5.17 sets an implementation for models of other configs only."""
+
+    def as_it_was(model, name):
+        model.config._attn_implementation = name
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "set_attn_implementation", as_it_was)
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration._from_config(t5_config(), attn_implementation="eager")
+    seen, inputs = seen_masks(model, monkeypatch), dict(input_ids=ids(), labels=ids(length=5))
+    want = model.eval()(**inputs)
+    fastattn.patch(model)
+    assert_close({"logits": model(**inputs).logits}, {"logits": want.logits})
+    assert len(seen) == 6
+    fastattn.unpatch(model)
+    assert torch.equal(model(**inputs).logits, want.logits) and len(seen) == 6
+
+
 def test_a_model_without_sdpa_gets_the_masks_of_eager():
     """Its decoder has no flag that says it is causal, so that it would see what is to come where the mask is absent."""
     config = transformers.BigBirdPegasusConfig(

@@ -349,6 +349,11 @@ def attach(model, report):
                 if isinstance(value, PreTrainedConfig):
                     report.edit(below, module, attribute, copy.deepcopy(value, copies))
         inner.set_attn_implementation(NAME)
+        for module in inner.modules():
+            # T5's stacks have copies of its config, which transformers 5.17 does not look for.
+            if isinstance(module, PreTrainedModel) and type(module.config) is type(inner.config):
+                if module.config._attn_implementation == before != inner.config._attn_implementation:
+                    module.config._attn_implementation = inner.config._attn_implementation
         report.attention.append((name, before, inner.config._attn_implementation))
 
 
