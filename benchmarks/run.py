@@ -71,9 +71,8 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
                 results["rows"] += measure(case, device, results["ceilings"], seconds)
                 if timing.is_gpu(device):
                     torch.cuda.synchronize()
-            except (
-                Exception
-            ) as e:  # after a kernel's fault nothing more runs on the device: what was measured is told
+            except Exception as e:
+                # After a kernel's fault nothing more runs on the device: what was measured before is told.
                 if not timing.is_gpu(device):
                     raise
                 said = f"Broken off at {case.op}, {case.shape}, {left - 1} cases before the end: {e}"
