@@ -94,8 +94,9 @@ def sweep(device):
 
 
 def gib(N, dtype):
-    """(M, N, dtype) of a tensor that takes a GiB to read and write, or of a million rows."""
-    return min(2**29 // (N * dtype.itemsize), 2**20), N, dtype
+    """(M, N, dtype) of a tensor that takes a GiB to read and write, or of a million rows; M in whole sequences of 512."""
+    M = min(2**29 // (N * dtype.itemsize), 2**20)
+    return M // 512 * 512 or M, N, dtype
 
 
 def package(name):
