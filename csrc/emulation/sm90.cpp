@@ -63,6 +63,7 @@ struct Warp {
     std::map<float*, Accumulators> accumulators;  // by the first lane's
     std::deque<Product> products;
     int group = 0;
+    bool late = false;    // whether what is issued is made when it is waited for
     bool fenced = false;  // since the last commit
     int registers = 0;
     size_t issued = 0;
@@ -336,9 +337,10 @@ void issue(void* const* of_lanes) {
         }
         memset(static_cast<void*>(w.d), kPoison, w.n / 2 * sizeof(float));
     }
+    // in order, and a group as a whole
+    if (warp.products.empty() || (!warp.late && warp.products.back().group != warp.group)) warp.late = !perhaps_now();
     warp.products.push_back(p);
-    if (perhaps_now())
-        for (Product& q : warp.products) make(q, warp, me.warp);
+    if (!warp.late) make(warp.products.back(), warp, me.warp);
 }
 
 struct BarrierLane {
