@@ -251,6 +251,7 @@ int load_kernels(const Row (&table)[kWidths]) {
 }  // namespace
 
 extern "C" int attention_fwd(const AttentionFwd* call, void* stream) {
+    if (!attention_sm90_why_not(call)) return attention_sm90_fwd(call, stream);
     return with_half(call->rules.dtype, [&](auto zero) { return forward<decltype(zero)>(*call, stream); });
 }
 

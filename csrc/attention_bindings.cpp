@@ -141,7 +141,19 @@ AttentionRules rules_of(const Heads& call, const Tensor& q, const Tensor& k, con
     return r;
 }
 
-void forward(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle lse_, py::handle bias, py::handle mask,
+py::object launch(const Heads& call, const AttentionFwd& f) {
+    call.run("attention_fwd", [&](void* stream) { return attention_fwd(&f, stream); });
+    return py::none();
+}
+
+// Why attention_fwd would not run such a call on Hopper's own kernel, or None.
+py::object sm90_why_not(const Heads&, const AttentionFwd& f) {
+    const char* const reason = attention_sm90_why_not(&f);
+    return reason ? py::object(py::str(reason)) : py::object(py::none());
+}
+
+template <py::object (*kUse)(const Heads&, const AttentionFwd&)>
+py::object forward(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle lse_, py::handle bias, py::handle mask,
              py::handle slopes, py::handle sinks, py::handle q_lens, py::handle kv_lens, py::handle cu_q, py::handle cu_k,
              py::handle seed, int64_t max_seqlen_q, int causal, int64_t left, int64_t right, double softcap, double dropout_p,
              double scale) {
@@ -158,7 +170,7 @@ void forward(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::han
     f.lse = call.stats_of(lse, r.B, r.H, r.S_q);
     call.sinks(sinks, r, f.sinks, f.sinks_dtype);
     f.max_seqlen_q = call.longest(max_seqlen_q, r.S_q);
-    call.run("attention_fwd", [&](void* stream) { return attention_fwd(&f, stream); });
+    return kUse(call, f);
 }
 
 void backward(py::handle do__, py::handle dlse, py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle lse_,
@@ -213,7 +225,8 @@ void backward(py::handle do__, py::handle dlse, py::handle q_, py::handle k_, py
 }  // namespace
 
 void bind_attention(py::module_& m) {
-    m.def("attention_fwd", &forward);
+    m.def("attention_fwd", &forward<launch>);
+    m.def("attention_sm90_why_not", &forward<sm90_why_not>);
     m.def("attention_bwd", &backward);
     m.attr("ATTENTION_STATS_ROWS") = kAttentionStatsRows;
 }

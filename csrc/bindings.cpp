@@ -19,8 +19,8 @@ void bind_softmax(py::module_& m);
 namespace {
 
 int prepare_kernels() {
-    for (auto prepare : {attention_prepare, attention_backward_prepare, attention_decode_prepare, layer_norm_prepare,
-                         position_prepare, softmax_prepare})
+    for (auto prepare : {attention_prepare, attention_backward_prepare, attention_decode_prepare, attention_sm90_prepare,
+                         layer_norm_prepare, position_prepare, softmax_prepare})
         if (const int code = prepare()) return code;
     return cudaSuccess;
 }

@@ -252,6 +252,11 @@ int softmax_prepare();
 int attention_fwd(const AttentionFwd* call, void* stream);
 int attention_prepare();
 
+// Hopper's own kernel, attention_sm90.cu, which attention_fwd hands every call that it serves: a sentence if it does not.
+const char* attention_sm90_why_not(const AttentionFwd* call);
+int attention_sm90_fwd(const AttentionFwd* call, void* stream);
+int attention_sm90_prepare();
+
 // dtype is 16 bits wide. Appends first, where S_new is not 0.
 int attention_decode(const AttentionDecode* call, void* stream);
 int attention_decode_prepare();

@@ -117,12 +117,17 @@ __device__ __forceinline__ void more_registers() {
 // Before the first product of a group: what threads did with its registers is done.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// What is computed of c before it is, beside products under way, and not after the wait for them.
+template <int kCount>
+__device__ __forceinline__ void wgmma_hold(float (&c)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
 // Until at most kPending groups are under way; c, accumulators that are then done, is not read before.
 template <int kPending, int kCount>
 __device__ __forceinline__ void wgmma_wait(float (&c)[kCount]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-#pragma unroll
-    for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(c[i])::"memory");
+    wgmma_hold(c);
 }
 
 // d (64, 2 kCount) = a (64, 16) b (16, 2 kCount), + d where `adds`, by a warpgroup, later: a is an operand in shared memory
@@ -246,6 +251,8 @@ void more_registers(EMULATION_HERE) {
 inline uint32_t shared_address(const void* p, EMULATION_HERE) { return emulation::shared_address(p, place); }
 inline void wgmma_fence(EMULATION_HERE) { emulation::wgmma_fence(place); }
 inline void wgmma_commit(EMULATION_HERE) { emulation::wgmma_commit(place); }
+template <int kCount>
+void wgmma_hold(float (&)[kCount]) {}
 template <int kPending, int kCount>
 void wgmma_wait(float (&)[kCount], EMULATION_HERE) {
     emulation::wgmma_wait(kPending, place);
@@ -280,11 +287,14 @@ inline int encode_tensor_map(TensorMap* map, int rank, const void* start, const 
 #ifdef FASTATTN_EMULATION
     return emulation::encode_tensor_map(map, rank, start, size, stride, box, static_cast<int>(swizzle));
 #else
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t code =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (code || result != cudaDriverEntryPointSuccess) return code ? code : cudaErrorNotSupported;
+    static void* const found = [] {
+        void* at = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const cudaError_t code =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &at, 12000, cudaEnableDefault, &result);
+        return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? at : nullptr;
+    }();
+    if (!found) return cudaErrorNotSupported;
     constexpr CUtensorMapSwizzle modes[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                             CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
     cuuint64_t sizes[5], strides[5];

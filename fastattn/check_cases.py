@@ -140,6 +140,9 @@ CASES = (
              ids, tokens, positions, type_ids=types, type_table=type_table, norm_weight=w, norm_bias=b, padding_idx=0, dropout_p=0.1),
          dropout=True),
     Case("attention", "full", _qkv, lambda f, q, k, v: f.attention(q, k, v)),
+    # of head dims that Hopper has a kernel of its own for, more keys than two of its tiles
+    Case("attention", "D 64, tiles, GQA", lambda: _qkv(H_kv=1, S_q=140, S_k=300, D=64), lambda f, q, k, v: f.attention(q, k, v), backward=False),
+    Case("attention", "D 128, tiles", lambda: _qkv(H=1, S_q=260, S_k=270, D=128), lambda f, q, k, v: f.attention(q, k, v, causal=True, return_lse=True), backward=False),
     Case("attention", "causal, D 80", lambda: _qkv(S_q=72, D=80), lambda f, q, k, v: f.attention(q, k, v, causal=True)),
     Case("attention", "bottom-right, GQA, D_v", lambda: _qkv(H=4, H_kv=2, D_v=48), lambda f, q, k, v: f.attention(q, k, v, causal="bottom_right")),
     Case("attention", "bias (1, 1, S, S)", lambda: (*_qkv(B=2), torch.randn(1, 1, 40, 72)), lambda f, q, k, v, b: f.attention(q, k, v, bias=b)),

@@ -4,12 +4,14 @@ Tiles are 16 to 128 queries by 16 to 128 keys, a ring holds up to 4 tiles and pa
 around 70 to 200 give each walk ragged ends, a clean middle and more tiles than slots.
 """
 
+import dataclasses
+import functools
 import itertools
 import math
 
 import torch
 
-from fastattn import functional, reference
+from fastattn import cuda, functional, reference
 from fastattn.check_cases import Case, Specification
 
 
@@ -336,6 +338,43 @@ def decoding():
     yield decoded("rows apart", S_q=2, D=40, view=rows_apart, num_splits=2)
 
 
+def of_sm90():
+    """What csrc/attention_sm90.cu serves: tiles are 128 queries, 64 of them a warpgroup's, by 128 keys, 2 of them in a ring."""
+    calls = [
+        attended("full", S_q=150, S_k=140),
+        attended("causal", H=2, S_q=300, S_k=290, causal=True, backward=False),
+        attended("bottom-right", B=2, S_q=70, S_k=520, causal="bottom_right", backward=False),
+        # the first tile sees no key, the second none in half of its rows
+        attended("bottom-right, more queries", S_q=300, S_k=110, causal="bottom_right"),
+        attended("many keys", S_q=16, S_k=900, backward=False),
+        attended(
+            "grouped heads", B=2, H=4, H_kv=2, S_q=130, S_k=260, D=128, causal="bottom_right", backward=False
+        ),
+        attended("whole tiles", H=2, S_q=256, S_k=384, D=128, return_lse=False, backward=False),
+        attended("large logits", S_q=100, S_k=400, std=12.0, D=128, backward=False),
+        attended(
+            "projection", B=2, H=3, S_q=200, S_k=200, view=VIEWS["projection"], causal=True, backward=False
+        ),
+    ]
+    unlike = torch.tensor([0.1, 10.0, 30.0, 30.0]).repeat_interleave(8).repeat(4)[:, None]
+    calls.append(attended("rows unlike each other", S_q=128, S_k=500, std=unlike, backward=False))
+    for S_q, S_k in ((1, 2), (64, 128), (65, 127), (128, 129), (129, 256), (192, 257)):
+        calls.append(attended("edge", S_q=S_q, S_k=S_k, D=128, causal="bottom_right", backward=False))
+    for case in calls:
+        yield dataclasses.replace(
+            case, label=f"sm_90, {case.label}", call=functools.partial(on_sm90, case.call)
+        )
+
+
+def on_sm90(call, f, *inputs):
+    module = cuda.extension("_C_emulated")
+    module.pretend(9)
+    try:
+        return call(f, *inputs)
+    finally:
+        module.pretend(8)
+
+
 def cases():
     torch.manual_seed(1)
-    return [*plain(), *rich(), *packed(), *decoding()]
+    return [*plain(), *rich(), *packed(), *decoding(), *of_sm90()]

@@ -78,6 +78,23 @@ def test_attention_runs_on_tensor_cores_from_asynchronous_copies(report, census)
             assert any(op.startswith(kind) for op in sass[kernel]), f"{kernel}: no {kind}"
 
 
+def test_attention_on_sm90_is_wgmma_and_tensor_copies(report, census):
+    sass = {k: row["sass"] for p in report for k, row in p["kernels"].items() if row["sass"]}
+    checked = {kernel: row for kernel, row in sass.items() if kernel.startswith("attention_sm90_fwd_kernel")}
+    assert len(checked) == 4
+    for kernel, row in checked.items():
+        D = int(kernel.partition(">")[0].split(", ")[1])
+        # logits of 128 keys from shared memory, and 128 keys by D columns from registers
+        assert row["loop"]["hgmma"] == ({"64x128x16 shared": 8, "64x128x16 register": 8} if D == 128 else
+                                        {"64x128x16 shared": 4, "64x64x16 register": 8})  # fmt: skip
+        ops = row["loop"]["ops"]
+        assert sum(n for op, n in ops.items() if op.startswith("WARPGROUP.DEPBAR")) == 2, kernel
+        assert sum(n for op, n in ops.items() if op.startswith("MUFU.EX2")) == 64 + 2, kernel
+        assert any(op.startswith("UTMALDG.4D") for op in row["all"]) and "USETMAXREG" in str(row["all"]), (
+            kernel
+        )
+
+
 def test_a_step_of_attention_is_the_products_and_copies_of_its_tile(report, census):
     sass = {k: row["sass"] for p in report for k, row in p["kernels"].items() if row["sass"]}
     checked = {kernel: tile for kernel in sass if (tile := cuda_costs.model.portable_tile(kernel))}

@@ -75,9 +75,10 @@ def test_one_name_in_each_folder(op):
 CUDA_SOURCES = sorted((ROOT / "csrc").rglob("*.cu*"))
 
 
-# an op's forward and backward may be compiled side by side, as <op>.cu and <op>_backward.cu
+# an op's forward and backward may be compiled side by side, as <op>.cu and <op>_backward.cu, and what sm_90 alone has
 @pytest.mark.parametrize(
-    "op", sorted({p.stem.removesuffix("_backward") for p in (ROOT / "csrc").glob("*.cu")})
+    "op",
+    sorted({p.stem.removesuffix("_backward").removesuffix("_sm90") for p in (ROOT / "csrc").glob("*.cu")}),
 )
 def test_a_cuda_source_has_its_launchers(op):
     needed = [f"csrc/{op}_bindings.cpp", f"fastattn/cuda/{op}.py", f"fastattn/ops/{op}.py"]

@@ -53,6 +53,7 @@ Order order = FIFO;
 uint64_t seed = 1;
 std::string error;
 std::atomic<bool> left_out{false};
+std::atomic<int> major_capability{8};
 std::map<const void*, int64_t> launched;
 std::map<const void*, int> shared_asked;  // cudaFuncAttributeMaxDynamicSharedMemorySize
 
@@ -875,6 +876,8 @@ void schedule(Order wanted, uint64_t with_seed) {
     seed = with_seed;
 }
 
+void pretend(int major) { major_capability = major; }
+
 void leave_out_launches(bool yes) { left_out = yes; }
 
 std::string last_error() {
@@ -945,7 +948,10 @@ extern "C" cudaError_t cudaGetDevice(int* device) {
 }
 
 extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
-    *value = emulation::kSharedMax;
-    return cudaSuccess;
+    switch (attribute) {
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::kSharedMax; return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor: *value = emulation::major_capability; return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
+        default: return cudaErrorInvalidValue;
+    }
 }

@@ -14,6 +14,9 @@ constexpr int kMultiprocessors = 4;
 enum Order { FIFO, REVERSE, RANDOM, PCT };
 void schedule(Order order, uint64_t seed);
 
+// Compute capability `major`.0, 8 at first: what launchers that ask for it are told.
+void pretend(int major);
+
 // A launch then succeeds at once and computes nothing: what is left is the host's time.
 void leave_out_launches(bool yes);
 

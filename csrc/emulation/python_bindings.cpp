@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../launchers.h"
 #include "engine.h"
 
 namespace py = pybind11;
@@ -12,6 +13,13 @@ void bind_emulation(py::module_& m) {
     m.def("schedule", [](int order, uint64_t seed) { emulation::schedule(static_cast<emulation::Order>(order), seed); },
           py::arg("order"), py::arg("seed") = 1);
     m.def("launches", &emulation::launches);
+    m.def(
+        "pretend",
+        [](int major) {
+            emulation::pretend(major);
+            attention_sm90_prepare();
+        },
+        py::arg("major"));
     m.def("leave_out_launches", &emulation::leave_out_launches, py::arg("yes"));
 #ifdef FASTATTN_RECORD
     m.def("traffic", [] {
