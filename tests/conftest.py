@@ -47,11 +47,9 @@ def device():
     return DEVICE
 
 
-@pytest.fixture
 def on_device():
-    """What a test makes without naming a device lies where the kernels run."""
-    with torch.device(DEVICE) if DEVICE == "cuda" else contextlib.nullcontext():
-        yield
+    """A context in which what is made without naming a device lies where the kernels run."""
+    return torch.device(DEVICE) if DEVICE == "cuda" else contextlib.nullcontext()
 
 
 @pytest.fixture(params=["triton", "cuda"])

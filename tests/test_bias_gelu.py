@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_device
 
 from fastattn import backend, reference, use_backend
 from fastattn.check import check
@@ -14,11 +15,16 @@ from fastattn.functional import bias_gelu
 from fastattn.kernels import bias_gelu as kernels
 from fastattn.ops import bias_gelu as op
 
-pytestmark = pytest.mark.usefixtures("on_device")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("none", "tanh")
 # One program's rows are 2048 / min(512, N rounded up): three row blocks a program in backward, ragged column blocks.
 SHAPES = [(1, 1), (6200, 5), (700, 33), (97, 512), (50, 513), (13, 1536)]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with on_device():
+        yield
 
 
 def forced(function, name="triton"):

@@ -133,7 +133,7 @@ def test_a_hundred_runs_in_two_processes_are_bit_equal(name):
     if name == "cuda" and cuda.unavailable():
         pytest.skip(cuda.unavailable())
     processes = [start(f"digest({name!r}, 100)") for _ in "12"]
-    first, second = (re.findall(r"^\(\d+, '\w+'\)$", output_of(p, 240), re.M) for p in processes)
+    first, second = (re.findall(r"^\(\d+, '\w+'\)$", output_of(p, 180), re.M) for p in processes)
     assert len(first) == 1 and first == second and not first[0].startswith("(0,"), (first, second)
 
 
@@ -150,7 +150,7 @@ def test_compute_sanitizer_has_nothing_to_say(tool, share):
         pytest.skip(cuda.unavailable() or "compute-sanitizer is not installed")
     call = f"digest('cuda', 0, slice({share}, None, {SHARES}))"
     process = start(call, "compute-sanitizer", "--tool", tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    said = output_of(process, 240)
+    said = output_of(process, 180)
     if "Device not supported" in said:
         pytest.skip("compute-sanitizer does not support this device or driver")
     assert not complaints(said), "\n".join(complaints(said))

@@ -7,16 +7,22 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_device
 
 from fastattn import backend, cuda, reference, use_backend
 from fastattn.check import check
 from fastattn.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops import layer_norm as op
 
-pytestmark = pytest.mark.usefixtures("on_device")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Several rows a program up to N = 2048, then one; N = 9000 loops in backward, 17000 in forward too, three blocks of it.
 SHAPES = [(300, 1), (600, 3), (530, 5), (70, 127), (37, 768), (7, 1025), (5, 5000), (3, 9000), (2, 17000)]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with on_device():
+        yield
 
 
 def forced(function, name):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import on_device
 
 from fastattn import backend, reference, use_backend
 from fastattn.check import check
@@ -13,9 +14,14 @@ from fastattn.functional import linear_cross_entropy
 from fastattn.kernels import chunks
 from fastattn.kernels.linear_cross_entropy import _rows as linear_cross_entropy_rows
 
-pytestmark = pytest.mark.usefixtures("on_device")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "torch")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with on_device():
+        yield
 
 
 def forced(name, **options):

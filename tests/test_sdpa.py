@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import present
+from conftest import on_device, present
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.common_methods_invocations import op_db
@@ -21,6 +21,12 @@ SDPA = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_a
 
 # what torch's own tests allow these samples, whose logits reach hundreds
 TORCHS_TOLERANCE = dict(atol=5e-5, rtol=5e-6)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with on_device():
+        yield
 
 
 def heads(*shape, dtype=torch.float32):

