@@ -190,10 +190,11 @@ def test_autocast_leaves_the_dtype_to_x():
             assert forced(bias_gelu, name)(x, bias).dtype == torch.bfloat16
 
 
-def test_compiles_to_one_graph_and_leaves_fusing_to_inductor():
+def test_compiles_to_one_graph_and_leaves_fusing_to_inductor(monkeypatch):
     x, bias = leaf(5, 24), leaf(24)
     compiled = torch.compile(lambda x, b: bias_gelu(x, b).sin(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, bias), F.gelu(x + bias).sin())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert backend.choose(op.OP, op.WHY_NOT, x, bias, inductor_fuses=True) == "torch"
 
 
