@@ -83,20 +83,24 @@ def speed_line(case, rows, name):
     ours = [rows[p] for p in named[2:] if p in rows and rows[p]["median_us"]]
     fastest = min(ours, key=lambda row: row["median_us"], default=None)
     share = fastest and (fastest["matmul_share"] or fastest["ceiling_share"])
-    cells = [case, *(microseconds(rows.get(p)) for p in named[:2])]
-    cells.append(f"{microseconds(best)} ({best['provider']})" if best else "")
+    cells = [case, *(cell(rows.get(p)) for p in named[:2])]
+    cells.append(f"{cell(best)} ({best['provider']})" if best else "")
     cells += [
-        *(microseconds(rows.get(p)) for p in named[2:]),
+        *(cell(rows.get(p)) for p in named[2:]),
         f"{share:.0%}" if share else "",
         f"[{name}](benchmarks/results/{name})",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def microseconds(row):
+def cell(row):
     if row is None:
         return ""
-    return f"{row['median_us']:,.1f} µs" if row["median_us"] else "wrong" if row["failed"] else "no"
+    if not row["median_us"]:
+        return "wrong" if row["failed"] else "no"
+    if row["tokens_s"]:
+        return f"{row['tokens_s']:,.0f} tokens/s" + (f", {row['peak_mb']:,.0f} MB" if row["peak_mb"] else "")
+    return f"{row['median_us']:,.1f} µs"
 
 
 def told(name, result):

@@ -477,6 +477,13 @@ def test_the_tables_are_made_of_results(tmp_path):
     line = "| softmax, M 65536, N 4096, forward | 400.0 µs | 350.0 µs | 320.0 µs (quack) | 310.0 µs | wrong |  | 91% | [a.json](benchmarks/results/a.json) |"
     assert line in said and "cpu.json" not in said
     assert "eager 1,000 tokens/s, 10 MB, MFU 40%" in said and "a card" in said
+    rows = [
+        measured_row("bert", "eager", 100.0, tokens_s=12345.6, peak_mb=2000.0),
+        measured_row("bert", "fastattn", 50.0, tokens_s=24691.2),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(results_of(rows)))
+    said = tables.speed(tables.results(tmp_path))
+    assert "| 12,346 tokens/s, 2,000 MB |" in said and "| 24,691 tokens/s |" in said and "softmax" not in said
     proven = tables.support({("triton", "softmax"): {(9, 0): "a.json"}})
     assert "| softmax | never on a GPU | right on 9.0 ([seen](benchmarks/results/a.json)) |" in proven
     assert "| bias_gelu | – | never on a GPU |" in proven and tables.support({}) == tables.UNSEEN
