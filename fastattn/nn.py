@@ -2,7 +2,8 @@
 
 Each class with a namesake in torch.nn is its subclass and replaces little but forward. What a class leaves to torch's own
 forward is listed in its docstring; such a call counts as (class name, "torch") in fastattn.backend.calls, warns on a GPU
-like any refused op, and raises under use_backend("triton") or use_backend("cuda"). TorchScript cannot compile these classes.
+like any refused op, and raises under use_backend("triton") or use_backend("cuda"). TorchScript cannot compile these classes;
+torch.fx.symbolic_trace keeps each as one node, as it keeps torch's, where it is part of a model.
 
 Letters: N batch, L query length, S key length, E width, H heads, D = E / H.
 """
@@ -12,6 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import Proxy
 
 from fastattn import backend, functional
 
@@ -27,6 +29,16 @@ def _refuse_script(self):
     )
 
 
+def _recorded(module, *args):
+    """Under torch.fx.symbolic_trace: the one node that a module of torch's would be."""
+    tracer = args[0].tracer
+    if not (path := tracer.path_of_module(module)):
+        raise NotImplementedError(
+            f"torch.fx.symbolic_trace cannot look into fastattn's {type(module).__name__}; trace a model that holds it, or use torch.export"
+        )
+    return tracer.create_proxy("call_module", path, args, {})
+
+
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm on functional.layer_norm. Left to torch: nested tensors."""
 
@@ -35,6 +47,8 @@ class LayerNorm(nn.LayerNorm):
     out_dtype = None  # here and below, as the function's: "input" keeps the input's dtype under autocast
 
     def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
         if input.is_nested:
             backend.leave_to_torch(type(self).__name__, "nested tensors take torch's own kernels", input)
             return super().forward(input)
@@ -51,6 +65,8 @@ class RMSNorm(nn.RMSNorm):
     out_dtype = None
 
     def forward(self, x):
+        if isinstance(x, Proxy):
+            return _recorded(self, x)
         if x.is_nested:
             backend.leave_to_torch(type(self).__name__, "nested tensors take torch's own kernels", x)
             return super().forward(x)
@@ -65,6 +81,8 @@ class Softmax(nn.Softmax):
     out_dtype = None
 
     def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
         if reason := _softmax_why_not(self, input):
             backend.leave_to_torch(type(self).__name__, reason, input)
             return super().forward(input)
@@ -79,6 +97,8 @@ class LogSoftmax(nn.LogSoftmax):
     out_dtype = None
 
     def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
         if reason := _softmax_why_not(self, input):
             backend.leave_to_torch(type(self).__name__, reason, input)
             return super().forward(input)
@@ -114,6 +134,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
                 average_attn_weights=True, is_causal=False):  # fmt: skip
+        if isinstance(query, Proxy):
+            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return _recorded(self, query, key, value, *options)
         reason = self._why_not(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if reason is not None:
             backend.leave_to_torch(type(self).__name__, reason, query)
@@ -253,6 +276,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         _take_over(self)
 
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        if isinstance(src, Proxy):
+            return _recorded(self, src, src_mask, src_key_padding_mask, is_causal)
         if src.is_nested:
             backend.leave_to_torch(type(self).__name__, "nested tensors take torch's own kernels", src)
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
@@ -287,6 +312,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     def forward(self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None,
                 memory_key_padding_mask=None, tgt_is_causal=False, memory_is_causal=False):  # fmt: skip
+        if isinstance(tgt, Proxy):
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            return _recorded(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal)
         own = dict(attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
         across = dict(
             attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask, is_causal=memory_is_causal

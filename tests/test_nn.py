@@ -526,3 +526,33 @@ def test_scripting_is_refused_with_a_way_out(name):
     for model in (module, torch.nn.Sequential(module)):
         with pytest.raises(NotImplementedError, match=f"cannot compile fastattn's {name}.*trace"):
             torch.jit.script(model)
+
+
+def test_fx_keeps_modules_as_it_keeps_torchs():
+    class Model(torch.nn.Module):
+        def __init__(self, nn):
+            super().__init__()
+            self.norms = torch.nn.Sequential(
+                nn.LayerNorm(8), nn.RMSNorm(8), nn.Softmax(-1), nn.LogSoftmax(-1)
+            )
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.decoder = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x, mask):
+            y = self.attention(self.norms(x), x, x, need_weights=False, attn_mask=mask)[0]
+            y = torch.nn.functional.softmax(self.encoder(y, mask), -1)
+            z = nn.functional.scaled_dot_product_attention(y, x, x, mask, scale=0.5)
+            return self.decoder(z, memory=x, tgt_mask=mask)
+
+    stock, ours = Model(torch.nn).to(DEVICE), Model(nn).to(DEVICE)
+    ours.load_state_dict(stock.state_dict())
+    graphs = [torch.fx.symbolic_trace(model) for model in (stock, ours)]
+    names = [[(node.op, str(node.target)) for node in g.graph.nodes] for g in graphs]
+    assert names[0] == names[1] and ("call_module", "decoder") in names[1]
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    mask = torch.zeros(5, 5, device=DEVICE).masked_fill(torch.ones(5, 5, device=DEVICE).triu(1).bool(), -1.0)
+    torch.testing.assert_close(graphs[1](x, mask), ours(x, mask))
+    torch.testing.assert_close(graphs[1](x, mask), stock(x, mask))
+    with pytest.raises(NotImplementedError, match="trace a model that holds it"):
+        torch.fx.symbolic_trace(ours.decoder)

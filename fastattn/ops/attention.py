@@ -119,7 +119,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if not (
         isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
     ):
-        return stock_attention(query, key, value)  # raises
+        # which raises, or is recorded by what torch.fx traces with
+        args = (query, key, value, attn_mask, dropout_p, is_causal)
+        return stock_attention(*args, scale=scale, enable_gqa=enable_gqa)
     stock, causal = stock_attention, is_causal
     if is_causal_bias(attn_mask):
         if is_causal:
