@@ -54,7 +54,7 @@ def run(console, device, chosen=EVERYTHING, quick=False, out="bench-out", data=N
     if timing.is_gpu(device) and cases:
         results["ceilings"] = timing.ceilings(device) if backend.triton_found() else {}
         console.print(_pairs("Measured just now: TB/s, t0, TFLOP/s", results["ceilings"]))
-        console.print(warm.compile_all(device, chosen, quick, sweep, (limit or 900) / 3))
+        console.print(warm.compile_all(device, chosen, quick, sweep, (limit or 900) / 4))
     seconds = (
         (0.08 if sweep else 0.3 if quick else 1.0) if timing.is_gpu(device) else (0.05 if quick else 0.2)
     )
