@@ -153,10 +153,10 @@ py::object sm90_why_not(const Heads&, const AttentionFwd& f) {
 }
 
 template <py::object (*kUse)(const Heads&, const AttentionFwd&)>
-py::object forward(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle lse_, py::handle bias, py::handle mask,
-             py::handle slopes, py::handle sinks, py::handle q_lens, py::handle kv_lens, py::handle cu_q, py::handle cu_k,
-             py::handle seed, int64_t max_seqlen_q, int causal, int64_t left, int64_t right, double softcap, double dropout_p,
-             double scale) {
+py::object forward(py::handle q_, py::handle k_, py::handle v_, py::handle o_, py::handle lse_, py::handle bias,
+                   py::handle mask, py::handle slopes, py::handle sinks, py::handle q_lens, py::handle kv_lens,
+                   py::handle cu_q, py::handle cu_k, py::handle seed, int64_t max_seqlen_q, int causal, int64_t left,
+                   int64_t right, double softcap, double dropout_p, double scale) {
     const Tensor q(q_, "q"), k(k_, "k"), v(v_, "v"), o(o_, "o"), lse(lse_, "lse");
     const Heads call(q);
     AttentionFwd f{};

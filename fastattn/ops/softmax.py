@@ -1,6 +1,7 @@
 """Softmax: the public functions, their torch ops, their gradients, and which backends can serve them."""
 
 import math
+import operator
 import string
 
 import torch
@@ -69,8 +70,10 @@ def _softmax(name, x, dim, dtype, out_dtype, log):
     if x.is_nested:
         backend.leave_to_torch(name, "nested tensors take torch's own kernels", x)
         return (stock_log_softmax if log else stock_softmax)(x, dim, dtype=dtype)
-    if isinstance(dim, bool) or not isinstance(dim, (int, torch.SymInt)) and not hasattr(dim, "__index__"):
-        raise TypeError(f"{name}: dim is {dim!r}, must be an int")
+    if type(dim) is not int and not isinstance(dim, torch.SymInt):
+        if isinstance(dim, bool) or not hasattr(dim, "__index__"):
+            raise TypeError(f"{name}: dim is {dim!r}, must be an int")
+        dim = operator.index(dim)  # a tensor's, numpy's
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise IndexError(f"{name}: dim is {dim}, x has {x.dim()} dims")
     if backend.in_parts(x):
