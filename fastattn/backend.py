@@ -309,6 +309,11 @@ def need_tensors(op, **tensors):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, must be a torch.Tensor")
 
 
+def need_tensors_or_none(op, **tensors):
+    """The same of those that are given."""
+    need_tensors(op, **{name: t for name, t in tensors.items() if t is not None})
+
+
 def plain_why_not(*tensors):
     """What every fused launch needs of its tensors (None entries are skipped; integer and bool ones may have any dtype)."""
     compiling = torch.compiler.is_compiling()

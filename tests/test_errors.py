@@ -211,6 +211,12 @@ def test_what_is_no_tensor_is_named(name, forced):
             NO_TENSORS[name](wrong)
 
 
+def test_packed_sequences_need_their_bounds():
+    for bounds, name in (((None, CU), "cu_seqlens_q"), ((CU, None), "cu_seqlens_k")):
+        with pytest.raises(TypeError, match=name):
+            f.attention_varlen(PACKED, PACKED, PACKED, *bounds, 4, 4)
+
+
 @pytest.mark.parametrize("forced", [None, "triton"])
 def test_shapes_and_dims_of_other_types(forced):
     with backend.use_backend(forced):

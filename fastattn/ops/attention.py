@@ -41,10 +41,10 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, window=None, softc
         if not (softcap or dropout_p or return_lse or return_weights):
             if (o := _attend_usually(q, k, v, causal, scale)) is not None:
                 return o
-    optional = dict(
-        bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, q_lens=q_lens, kv_lens=kv_lens
-    )
-    _need_tensors("attention", q, k, v, optional)
+    backend.need_tensors("attention", q=q, k=k, v=v)
+    backend.need_tensors_or_none(
+        "attention", bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, q_lens=q_lens, kv_lens=kv_lens
+    )  # fmt: skip
     q, k, v, bias, mask = _autocast(q, k, v, bias, mask)
     _check_dense(q, k, v, q_lens, kv_lens)
     B, H, S_q, S_k = *q.shape[:3], k.shape[2]
@@ -80,10 +80,9 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
     and lse (H, T_q) with return_lse.
     """
     _check_context()
-    optional = dict(
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes, sinks=sinks
-    )
-    _need_tensors("attention_varlen", q, k, v, optional)
+    name = "attention_varlen"
+    backend.need_tensors(name, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    backend.need_tensors_or_none(name, alibi_slopes=alibi_slopes, sinks=sinks)
     q, k, v, _, _ = _autocast(q, k, v, None, None)
     B = _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     extras = (None, None, alibi_slopes, sinks, None, None, cu_seqlens_q, cu_seqlens_k)
@@ -279,10 +278,6 @@ def _autocast(q, k, v, bias, mask):
         cast = lambda t: t.to(dtype) if t is not None and t.dtype in backend.TRITON_DTYPES else t  # noqa: E731
         return *map(cast, (q, k, v, bias)), mask
     return q, k, v, bias, mask
-
-
-def _need_tensors(name, q, k, v, optional):
-    backend.need_tensors(name, q=q, k=k, v=v, **{what: t for what, t in optional.items() if t is not None})
 
 
 def _check_operands(q, k, v, dims, layout):

@@ -21,7 +21,8 @@ def bias_gelu(x, bias=None, approximate="none"):
     >>> bias_gelu(torch.tensor([[-1.0, 2.0]]), torch.tensor([1.0, 0.0]))
     tensor([[0.0000, 1.9545]])
     """
-    backend.need_tensors("bias_gelu", x=x, **({} if bias is None else {"bias": bias}))
+    backend.need_tensors("bias_gelu", x=x)
+    backend.need_tensors_or_none("bias_gelu", bias=bias)
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"bias_gelu: x must be floating (..., N); it is {x.dtype} {tuple(x.shape)}")
     if bias is not None:

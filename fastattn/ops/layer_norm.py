@@ -163,8 +163,7 @@ def _on_parts(call, rows, normalized_shape, parameters, outputs=1):
 
 def _checked(name, x, normalized_shape, weight, bias, out_dtype):
     """normalized_shape as a tuple, under the conditions of torch's functions and in their words."""
-    given = {k: t for k, t in (("weight", weight), ("bias", bias)) if t is not None}
-    backend.need_tensors(name, x=x, **given)
+    backend.need_tensors_or_none(name, weight=weight, bias=bias)
     if isinstance(normalized_shape, (torch.Tensor, int)):
         raise TypeError(
             f"{name}: normalized_shape is a {type(normalized_shape).__name__}, must be a tuple of ints"

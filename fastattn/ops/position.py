@@ -29,7 +29,7 @@ def add_positional_encoding(x, table=None, *, position_ids=None, offset=0, scale
     """
     name = "add_positional_encoding"
     backend.need_tensors(name, x=x)
-    _need_tensors(name, table=table, position_ids=position_ids)
+    backend.need_tensors_or_none(name, table=table, position_ids=position_ids)
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"{name}: x must be floating (..., S, C); it is {x.dtype} {tuple(x.shape)}")
     S, C = x.shape[-2:]
@@ -89,10 +89,10 @@ def embeddings(
     """
     name = "embeddings"
     backend.need_tensors(name, input_ids=input_ids, token_table=token_table)
-    optional = dict(
-        position_table=position_table, type_ids=type_ids, type_table=type_table, position_ids=position_ids
-    )
-    _need_tensors(name, **optional, norm_weight=norm_weight, norm_bias=norm_bias)
+    backend.need_tensors_or_none(
+        name, position_table=position_table, type_ids=type_ids, type_table=type_table, position_ids=position_ids,
+        norm_weight=norm_weight, norm_bias=norm_bias,
+    )  # fmt: skip
     if token_table.dim() != 2:
         raise ValueError(f"{name}: token_table must be (V, C); it is {tuple(token_table.shape)}")
     V, C = token_table.shape
@@ -161,10 +161,6 @@ def embeddings(
 def _names_of_ids(dims, ids):
     """The names of ids' dims, which broadcast to `dims` from the right."""
     return "" if ids is None else dims[len(dims) - ids.dim() :]
-
-
-def _need_tensors(name, **tensors):
-    backend.need_tensors(name, **{what: t for what, t in tensors.items() if t is not None})
 
 
 def _check_dropout(name, dropout_p):

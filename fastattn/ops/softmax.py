@@ -37,7 +37,8 @@ def scaled_masked_softmax(scores, mask=None, scale=1.0, causal=False, *, out_dty
     i sees keys j <= i. A row that attends to nothing (or holds only -inf) is 0, with gradients 0. Autocast and out_dtype
     as in `softmax`. Raises ValueError or TypeError naming the argument.
     """
-    backend.need_tensors("scaled_masked_softmax", scores=scores, **({} if mask is None else {"mask": mask}))
+    backend.need_tensors("scaled_masked_softmax", scores=scores)
+    backend.need_tensors_or_none("scaled_masked_softmax", mask=mask)
     if scores.dim() < 2:
         raise ValueError(
             f"scaled_masked_softmax: scores is {tuple(scores.shape)}, needs (..., S_q, S_k): two dims or more"
