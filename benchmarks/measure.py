@@ -23,9 +23,7 @@ def measure(case, device, ceilings, seconds=1.0):
     its sentence in `note` and no time; `failed` marks those that are ours and not merely refused.
     """
     torch.manual_seed(0)
-    inputs = case.make(device)
-    if case.backward is None:
-        inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+    inputs = case.inputs(device)
     calls, rows = {}, {}
     for name, (function, forced) in providers(case, device).items():
         for direction in passes(case, inputs):

@@ -56,6 +56,13 @@ class Case:
     # It draws a dropout mask. Ours must be the reference's draw of the same seed; peers draw others and go unchecked.
     random: bool = False
 
+    def inputs(self, device):
+        """What `make` gives; without a backward row nothing asks for a gradient."""
+        made = self.make(device)
+        if self.backward is None:
+            made = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in made)
+        return made
+
 
 # Rows of a GiB read and written, or a million of them where that is less; then what waits for the host, other dtypes, and the ends.
 WIDTHS = (4096, 768, 128, 32768, 262144, 1024, 65536, 8192, 512, 16384, 2048, 256, 131072, 3, 64, 1000, 50257)

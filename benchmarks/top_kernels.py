@@ -51,9 +51,7 @@ def of_case(op, shape, provider, direction, device):
     case = next((c for c in cases if shape in f"{c.op}, {c.shape}"), None)
     if case is None:
         raise typer.BadParameter(f"no case of {op} has {shape!r} in its shape")
-    inputs = case.make(device)
-    if case.backward is None:
-        inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+    inputs = case.inputs(device)
     known = measure.providers(case, device)
     if provider not in known:
         raise typer.BadParameter(f"--provider {provider}: need one of {', '.join(known)}")

@@ -120,20 +120,21 @@ def keyed(kernels, key, case_of, direction, **more):
         yield Slot(f"TILES[{key}], to {limit}", place, case_of(limit), direction, row, **more)
 
 
-def softmax(bench, kernels, size):
-    case = lambda N: bench.softmax(*size(N))  # noqa: E731
+def by_width(kernels, case_of, looped):
+    """FORWARD and BACKWARD, with the rows for what is beyond them, which a row of `looped` elements is."""
     for direction in ("forward", "backward"):
         table = direction.upper()
-        yield from listed(kernels, table, case, direction)
-        yield from beyond(kernels, table, f"{table}_LOOPED", case(2**16), direction)
+        yield from listed(kernels, table, case_of, direction)
+        yield from beyond(kernels, table, f"{table}_LOOPED", case_of(looped), direction)
+
+
+def softmax(bench, kernels, size):
+    yield from by_width(kernels, lambda N: bench.softmax(*size(N)), 2**16)
 
 
 def layer_norm(bench, kernels, size):
     case = lambda N: bench.layer_norm(*size(N))  # noqa: E731
-    for direction in ("forward", "backward"):
-        table = direction.upper()
-        yield from listed(kernels, table, case, direction)
-        yield from beyond(kernels, table, f"{table}_LOOPED", case(2**15), direction)
+    yield from by_width(kernels, case, 2**15)
     yield from single(kernels, "COLUMNS", case(2**15), "backward")
     yield from single(kernels, "PARTIAL_SUM", case(4096), "backward")
 
@@ -179,9 +180,7 @@ SLOTS = {f.__name__: f for f in (softmax, layer_norm, position, bias_gelu, atten
 def prepared(slot, device):
     """A function of a row: the slot's call with that row in the table, ready to be timed."""
     torch.manual_seed(0)
-    inputs = slot.case.make(device)
-    if slot.case.backward is None:
-        inputs = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs)
+    inputs = slot.case.inputs(device)
     pass_ = measure.one_pass(slot.case.providers["fastattn"], "triton", inputs, slot.direction, True)
 
     def call(row):
