@@ -168,6 +168,14 @@ __device__ void leave(const float (&d)[kCount], uint32_t* out) {
             (static_cast<int>(d[i]) & 0xffff) | static_cast<uint32_t>(static_cast<int>(d[i + 1])) << 16;
 }
 
+// Three times 4096 small numbers, unlike each other, for products to read.
+template <typename T>
+__device__ void fill(unsigned char* sTile, const uint32_t* in) {
+    for (int i = threadIdx.x; i < 24 * 512; i += 128) reinterpret_cast<T*>(sTile)[i] = small<T>(in, i + i / 4096);
+    ptx::fence_proxy_async();
+    __syncthreads();
+}
+
 // Two products, the second of operands 32 bytes on where a row has them. Shared memory is full of numbers; how far apart
 // atoms lie differs between a and b and between the two directions.
 template <typename T, bool kAcross, Swizzle kSwizzle, int kCount>
@@ -186,9 +194,7 @@ template <typename T, bool kAcross, Swizzle kSwizzle>
 __global__ void __launch_bounds__(128) wgmma_shared(const uint32_t* in, uint32_t* out) {
 #ifdef ON_SM90
     SMEM_DYN(sTile, 1024);
-    for (int i = threadIdx.x; i < 24 * 512; i += 128) reinterpret_cast<T*>(sTile)[i] = small<T>(in, i + i / 4096);
-    ptx::fence_proxy_async();
-    __syncthreads();
+    fill<T>(sTile, in);
     const uint64_t a = operand<T, kAcross, kSwizzle, 16>(sTile), b = operand<T, kAcross, kSwizzle, 32>(sTile + 8192);
     constexpr int kOn = kAcross || kRowBytes<kSwizzle> < 64 ? 0 : 32;
     float d[32];
@@ -208,9 +214,7 @@ template <typename T, bool kAcross, int kCount>
 __global__ void __launch_bounds__(128) wgmma_registers(const uint32_t* in, uint32_t* out) {
 #ifdef ON_SM90
     SMEM_DYN(sTile, 1024);
-    for (int i = threadIdx.x; i < 24 * 512; i += 128) reinterpret_cast<T*>(sTile)[i] = small<T>(in, i + i / 4096);
-    ptx::fence_proxy_async();
-    __syncthreads();
+    fill<T>(sTile, in);
     uint32_t a[2][4];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
