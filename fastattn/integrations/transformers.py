@@ -68,11 +68,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
                 f"fastattn: {type(module).__name__} hands {name}= to its attention, which is not served here and must not be "
                 'ignored; model.set_attn_implementation("eager") or "sdpa" goes back'
             )
-    S_q, S_k, packed = (
-        query.shape[2],
-        key.shape[2],
-        cu_seq_lens_q is not None and cu_seq_lens_k is not None,
-    )
+    S_q, S_k = query.shape[2], key.shape[2]
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     if attention_mask is not None and attention_mask.dim() == 2:
         causal = True
     elif is_causal is None:
